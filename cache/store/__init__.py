@@ -1,0 +1,1 @@
+"""The capture on disk: layout, writer, commits, reader, xarray view."""

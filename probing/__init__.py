@@ -1,0 +1,1 @@
+"""Probes, tasks, grids and pictures, fitted from captures."""
