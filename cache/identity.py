@@ -1,0 +1,72 @@
+"""Identity: what makes two activations the same numbers, and the keys that follow from it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from hiddenlake.cache import positions
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys, no spaces, UTF-8 and no NaN: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """32 hex digits of SHA-256 over canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Generation settings: part of the value identity. Temperature 0 is greedy."""
+
+    max_new_tokens: int = 100
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}: expected 0 (greedy) or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The value identity of a capture.
+
+    model : hub id, or the folder's name.
+    weights : the hub's resolved commit, or the hash of the weight files.
+    quantization : method of quantised weights, or None.
+    dtype : what the model computes in, which is what is stored.
+    chat_template : hash of the template that was applied, or None for plain text.
+    task, judge : the task's name, and name and version of the rules that mark its answers.
+    """
+
+    model: str
+    weights: str
+    quantization: str | None
+    dtype: str
+    chat_template: str | None
+    task: str
+    judge: str
+    generation: Generation
+    position_rules: int = positions.RULES_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict: nested dataclasses become objects."""
+        return asdict(self)
+
+
+def sample_key(identity: Identity, prompt_ids: Sequence[int], index: int, sample_index: int) -> str:
+    """The key of a sample, known before its answer exists: 32 hex digits.
+
+    Hashes the value identity, the prompt's ids, the task's row number and the sample's number within it.
+    """
+    ids = hashlib.sha256(np.asarray(prompt_ids, "<i4").tobytes()).hexdigest()
+    return digest({"identity": identity.to_json(), "prompt": ids, "index": index, "sample": sample_index})
