@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hiddenlake.cache import positions
+from hiddenlake.cache.errors import BadInputError
 
 
 def canonical_json(value: Any) -> bytes:
@@ -22,18 +23,15 @@ def digest(value: Any) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """Generation settings: part of the value identity. Temperature 0 is greedy."""
+class Decoding:
+    """How answers are generated: part of the value identity."""
 
     max_new_tokens: int = 100
-    temperature: float = 0.0
-    seed: int = 0
+    sampling: str = "greedy"
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}: expected 0 (greedy) or more")
+            raise BadInputError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ class Identity:
     chat_template: str | None
     task: str
     judge: str
-    generation: Generation
+    decoding: Decoding
     position_rules: int = positions.RULES_VERSION
 
     def to_json(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from hiddenlake.cache.families import family_of
+from hiddenlake.cache.rows import TapTable
 from hiddenlake.cache.worker import taps
 from hiddenlake.cache.worker.plan import Plan
 from hiddenlake.cache.worker.recorder import Recorder
@@ -18,7 +19,7 @@ def install_recorder(worker: Any, plan_json: dict[str, Any]) -> None:
     runner = worker.model_runner
     family = family_of(runner.model_config.hf_config.architectures)
     model = runner.model
-    table = taps.TapTable(plan.sites, plan.layers, plan.n_layers)
+    table = TapTable(plan.sites, plan.layers, plan.n_layers)
     embedding = model.get_submodule(family.embed).weight
     buffers = taps.TapBuffers(
         len(table), plan.max_rows, embedding.shape[1], getattr(torch, plan.dtype), runner.device

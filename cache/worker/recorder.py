@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from hiddenlake.cache import positions
+from hiddenlake.cache.rows import TapTable, find_fault, put_rows
 from hiddenlake.cache.store.shard import attach
+from hiddenlake.cache.worker.bits import as_bits
 from hiddenlake.cache.worker.plan import Placement, Plan
 from hiddenlake.cache.worker.rows_v1 import batch_rows
 from hiddenlake.cache.worker.staging import Staging
-from hiddenlake.cache.worker.taps import TapTable
 
 # The field of SamplingParams.extra_args that carries a sample's key. Requests without it are not captured.
 EXTRA_ARG = "hiddenlake"
@@ -52,8 +53,7 @@ class Recorder:
         self.books: dict[str, Book] = {}
         self._key_of: dict[str, str] = {}
         self._slots: list[int] = []
-        bits = np.uint16 if staging.arena.dtype is torch.bfloat16 else np.float32
-        self._arena = staging.arena.view(torch.int16).numpy().view(bits) if bits is np.uint16 else staging.arena.numpy()
+        self._arena = as_bits(staging.arena)
 
     # Called around the runner's forward pass. An error here must not kill the generation, and must not be
     # silent either: every sample in flight fails with it.
@@ -136,30 +136,11 @@ class Recorder:
         if missing:
             return f"tokens {missing} were never captured"
         rows = self._arena[:, [book.slots[token] for _, token in present]]
-        if cause := self._fault(rows, [placement.token_ids[token] for _, token in present]):
-            return cause
-        columns = [p for p, _ in present]
-        for site, view in attach(handle).items():
-            # view: (layer, position, slot, hidden), or without layer for `embed`
-            block = rows[self.table.of_site(site)]
-            if site == "embed":
-                view[columns, placement.slot] = block[0]
-            else:
-                view[:, columns, placement.slot] = block
-        return None
-
-    def _fault(self, rows: np.ndarray, token_ids: list[int]) -> str | None:
-        """rows : (tap, token, hidden) as stored bits."""
-        stored = rows[: len(self.table) - 1]
-        finite = (stored & 0x7F80) != 0x7F80 if stored.dtype == np.uint16 else np.isfinite(stored)
-        if not finite.all():
-            site, layer = self.table.pairs[int(np.argwhere(~finite)[0][0])]
-            return f"{site} of layer {layer} is not finite: the model overflowed, or a tap did not fire"
-        ids = torch.tensor(token_ids, device=self.embedding.device)
-        expected = self.embedding[ids].to("cpu", self.staging.arena.dtype)
-        found = torch.from_numpy(rows[self.table.of_site("embed")][0].view(np.int16 if rows.itemsize == 2 else np.int32))
-        if not torch.equal(found, expected.view(found.dtype)):
-            return "a row holds another token's activation: its embed is not the embedding of the answer's token"
+        ids = torch.tensor([placement.token_ids[token] for _, token in present], device=self.embedding.device)
+        embedding = self.embedding[ids].to("cpu", self.staging.arena.dtype)
+        if fault := find_fault(self.table, rows, as_bits(embedding)):
+            return fault
+        put_rows(attach(handle), self.table, rows, [p for p, _ in present], placement.slot)
         return None
 
     def drop(self, key: str) -> None:

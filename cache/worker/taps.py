@@ -5,12 +5,12 @@ itself, because the next fused norm overwrites both in place.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hiddenlake.cache.families import Family
+from hiddenlake.cache.rows import TapTable
 from hiddenlake.kernels.gather import gather_rows
 
 
@@ -25,38 +25,6 @@ def tap(
 @tap.register_fake
 def _(hidden, residual, rows, count, out) -> None:
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class TapTable:
-    """Which tap fills which row of the buffer.
-
-    The order is site by site, layers ascending: one site's rows are contiguous. `embed` follows, and the
-    stream leaving the last layer comes last: the canary reads it, and it is stored only if asked for.
-    """
-
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
-    n_layers: int
-
-    @property
-    def pairs(self) -> tuple[tuple[str, int], ...]:
-        """(site, layer) of each tap; `embed` has layer 0."""
-        return (
-            *((site, layer) for site in self.sites for layer in self.layers),
-            ("embed", 0),
-            ("resid_post", self.n_layers - 1),
-        )
-
-    def __len__(self) -> int:
-        return len(self.sites) * len(self.layers) + 2
-
-    def of_site(self, site: str) -> slice:
-        """The rows of the buffer that hold a site, layers ascending."""
-        if site == "embed":
-            return slice(len(self) - 2, len(self) - 1)
-        first = self.sites.index(site) * len(self.layers)
-        return slice(first, first + len(self.layers))
 
 
 class TapBuffers:

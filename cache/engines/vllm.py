@@ -1,0 +1,231 @@
+"""vLLM: generates in continuous batches while the taps in its worker capture."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from hiddenlake.cache.engines.base import Request
+from hiddenlake.cache.errors import CaptureError
+from hiddenlake.cache.samples import Generation, Prompt
+from hiddenlake.cache.worker.plan import Placement, Plan
+from hiddenlake.cache.worker.plugin import CONFIG_KEY
+from hiddenlake.cache.worker.recorder import EXTRA_ARG
+
+TESTED_VERSIONS = ("0.32.0",)
+
+# On a CPU more sequences at once no longer raise throughput; a GPU wants vLLM's own default.
+_CPU_SEQUENCES = 64
+
+# Engine arguments that change what is captured or how rows are laid out, and were not tested.
+_UNTESTED = {
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "data_parallel_size": 1,
+    "speculative_config": None,
+    "quantization": None,
+    "enable_lora": False,
+}
+
+_CANARY = "canary"
+
+# |log-probability by the captured stream - by the engine|. A wrong row is off by whole units; the spread is
+# rounding in norm and head, once a row and once in a batch.
+_CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+class VllmEngine:
+    """An LLMEngine whose worker has the taps, driven step by step. See Engine for the interface."""
+
+    def __init__(self, request: Request) -> None:
+        # stdout is data: vLLM logs there unless told otherwise, and at a level nobody reads
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        try:
+            import vllm
+        except ImportError as error:
+            raise CaptureError(
+                f"vLLM cannot be imported ({error}): install `hiddenlake[vllm]`, or use --engine transformers"
+            ) from error
+        _refuse_untested(vllm.__version__, request.options)
+        from vllm.platforms import current_platform
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        self._request = request
+        rows = request.rows_per_sample
+        ring_rows = request.ring_bytes // request.row_bytes
+        self._in_flight_limit = ring_rows // rows
+        if self._in_flight_limit < 1:
+            raise CaptureError(
+                f"--ring-bytes {request.ring_bytes} is too small: one sample needs {rows} rows of "
+                f"{request.row_bytes} bytes, {rows * request.row_bytes} in all; raise it, or capture fewer sites, "
+                f"layers or new tokens"
+            )
+        cpu = current_platform.is_cpu()
+        self._engine = self._start(cpu, ring_rows)
+        self._sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=request.max_new_tokens,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            stop_token_ids=list(request.model.end_ids),
+            skip_reading_prefix_cache=True,
+        )
+        self._in_flight: set[str] = set()
+        self.provenance = {
+            "engine": "vllm",
+            "vllm": vllm.__version__,
+            "device": "cpu" if cpu else current_platform.get_device_name(),
+            "enforce_eager": self._engine.vllm_config.model_config.enforce_eager,
+        }
+
+    def _start(self, cpu: bool, ring_rows: int) -> Any:
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        request = self._request
+        options = {"max_num_seqs": _CPU_SEQUENCES if cpu else 256, **request.options}
+        options["max_num_seqs"] = min(options["max_num_seqs"], self._in_flight_limit)
+        # Compiling takes minutes on a CPU and wins little; elsewhere vLLM compiles and captures graphs as shipped.
+        options.setdefault("enforce_eager", cpu)
+        arguments = EngineArgs(
+            model=request.model.path,
+            dtype=request.model.dtype,
+            # one position more than the answer needs: the last token is fed too
+            max_model_len=min(request.model.context, request.max_length + 1),
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+            worker_extension_cls="hiddenlake.cache.worker.extension.CaptureExtension",
+            **options,
+        )
+        config = arguments.create_engine_config()
+        scheduler = config.scheduler_config
+        name = "LastTokenAsyncScheduler" if scheduler.async_scheduling else "LastTokenScheduler"
+        scheduler.scheduler_cls = f"hiddenlake.cache.worker.scheduler.{name}"
+        plan = Plan(
+            sites=request.sites,
+            layers=request.layers,
+            n_layers=request.model.n_layers,
+            positions=request.positions,
+            dtype=request.model.dtype,
+            ring_rows=ring_rows,
+            max_rows=min(
+                scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max(1, request.prompt_rows)
+            ),
+        )
+        # hashed by vLLM into its compile cache's key, so that a graph without these taps is never reused
+        config.additional_config = {**config.additional_config, CONFIG_KEY: plan.to_json()}
+        try:
+            return _engine_from_config(LLMEngine, config)
+        except RuntimeError as error:
+            raise CaptureError(f"vLLM did not start: {error}") from error
+
+    def check_canary(self, prompt_ids: Sequence[int]) -> None:
+        """Send one prompt through, and refuse to go on unless every tap answers for it.
+
+        Hooks that never fire raise nothing. So every tap must have left a finite row that is not all zero, the
+        stream captured behind the last layer must give, through the model's own norm and head, the
+        log-probability that the engine itself reports, and the last token must have been fed.
+
+        Raises CaptureError.
+        """
+        ids = tuple(prompt_ids)
+        self._add(_CANARY, ids)
+        finished: list[Generation] = []
+        while not finished:
+            finished = self.step()
+        answer = finished[0]
+        last = len(ids) + len(answer.answer_ids) - 1
+        [report] = self._engine.collective_rpc(
+            "hiddenlake_canary", args=(_CANARY, len(ids) - 1, answer.answer_ids[0], last)
+        )
+        if "error" in report:
+            raise CaptureError(f"the canary failed, so nothing is captured: {report['error']}")
+        if report["dead"]:
+            raise CaptureError(
+                f"the canary failed, so nothing is captured: {len(report['dead'])} of {len(self._request.table)} taps "
+                f"left no values (first: {report['dead'][0]}); the taps must be in the model before it is compiled"
+            )
+        difference = abs(report["logprob"] - answer.logprobs[0])
+        if not difference <= _CANARY_TOLERANCE[self._request.model.dtype]:
+            raise CaptureError(
+                f"the canary failed, so nothing is captured: the stream behind the last layer gives the first answer "
+                f"token the log-probability {report['logprob']:.4f}, the engine {answer.logprobs[0]:.4f}; this vLLM "
+                f"lays its batches out differently than the tested {', '.join(TESTED_VERSIONS)}"
+            )
+        if not report["last"]:
+            raise CaptureError(
+                "the canary failed, so nothing is captured: the last token was not fed; this vLLM does not run "
+                f"the last-token scheduler as the tested {', '.join(TESTED_VERSIONS)} do"
+            )
+        self.drop([_CANARY])
+
+    def has_room(self) -> bool:
+        return len(self._in_flight) < self._in_flight_limit
+
+    def submit(self, prompt: Prompt) -> None:
+        self._add(prompt.key, prompt.token_ids)
+
+    def _add(self, key: str, ids: Sequence[int]) -> None:
+        from hiddenlake.cache.worker.scheduler import LAST_TOKEN_ARG
+
+        params = self._sampling.clone()
+        params.extra_args = {EXTRA_ARG: key, LAST_TOKEN_ARG: 1}
+        self._engine.add_request(key, {"prompt_token_ids": list(ids)}, params)
+        self._in_flight.add(key)
+
+    def step(self) -> list[Generation]:
+        return [self._generation(output) for output in self._engine.step() if output.finished]
+
+    def _generation(self, output: Any) -> Generation:
+        if output.num_cached_tokens:
+            raise CaptureError(
+                f"{output.num_cached_tokens} tokens of a captured request came from the prefix cache: their rows were "
+                f"not computed"
+            )
+        [answer] = output.outputs
+        ids = tuple(answer.token_ids)
+        return Generation(
+            key=output.request_id,
+            answer_ids=ids,
+            logprobs=tuple(step[token].logprob for step, token in zip(answer.logprobs, ids, strict=True)),
+            finish_reason=str(answer.finish_reason),
+        )
+
+    def store(self, handle: dict[str, Any], placements: Sequence[Placement]) -> list[str | None]:
+        [causes] = self._engine.collective_rpc(
+            "hiddenlake_store", args=(handle, [placement.to_json() for placement in placements])
+        )
+        return causes
+
+    def drop(self, keys: Sequence[str]) -> None:
+        self._engine.collective_rpc("hiddenlake_drop", args=(list(keys),))
+        self._in_flight.difference_update(keys)
+
+    def close(self) -> None:
+        self._engine.engine_core.shutdown()
+
+
+def _engine_from_config(engine_class: Any, config: Any) -> Any:
+    """Build an LLMEngine from a finished configuration; separate process unless VLLM_ENABLE_V1_MULTIPROCESSING=0."""
+    from vllm import envs
+    from vllm.v1.executor import Executor
+
+    return engine_class(
+        vllm_config=config,
+        executor_class=Executor.get_class(config),
+        log_stats=False,
+        multiprocess_mode=envs.VLLM_ENABLE_V1_MULTIPROCESSING,
+    )
+
+
+def _refuse_untested(version: str, options: dict[str, Any]) -> None:
+    if version.split("+")[0] not in TESTED_VERSIONS:
+        raise CaptureError(
+            f"vLLM {version} was not tested: install {' or '.join(TESTED_VERSIONS)}, or use --engine transformers"
+        )
+    for name, tested in _UNTESTED.items():
+        if options.get(name, tested) != tested:
+            raise CaptureError(
+                f"vLLM's {name}={options[name]} was not tested with capture: leave it at {tested}"
+            )
