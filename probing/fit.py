@@ -1,0 +1,257 @@
+"""fit_probes: activations and labels in, a Dataset of certified probes out."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import numpy as np
+import xarray as xr
+from threadpoolctl import threadpool_limits
+
+from hiddenlake.cache.errors import ProbeError, UnknownNameError
+from hiddenlake.probing.cell import Cell, Design, fit_cell
+from hiddenlake.probing.controls import shuffle_labels
+from hiddenlake.probing.splits import make_folds
+
+Progress = Callable[[int, int], None]
+Result = TypeVar("Result")
+
+_PER_FOLD = ("fold_auc", "fold_objective", "fold_gap_bound", "fold_n_iter", "fold_converged")
+_PER_CELL = ("auc", "auc_lo", "auc_hi", "shuffled_auc")
+
+
+def fit_probes(
+    activations: xr.DataArray,
+    y: Sequence | np.ndarray,
+    *,
+    C: float | Sequence[float] = (0.01,),
+    cv: int = 5,
+    groups: Sequence | np.ndarray | None = None,
+    index: Sequence | np.ndarray | None = None,
+    mask: xr.DataArray | np.ndarray | None = None,
+    keep: Sequence | np.ndarray | None = None,
+    scale: str = "feature",
+    solver: str = "auto",
+    tol: float = 1e-6,
+    shuffles: int = 1,
+    seed: int = 0,
+    compat: str | None = None,
+    progress: Progress | None = None,
+) -> xr.Dataset:
+    """Fit L2 logistic probes in every cell of `activations`, cross-validated, each with a certificate.
+
+    activations : (layer, position, sample, hidden) float32, lazy or not; `layer` and `position` may be
+        missing. One cell is read at a time by each thread.
+    y : (sample,) bool, True for the positive class.
+    C : inverse strength of the penalty, as in scikit-learn. Several keep an axis of their own.
+    groups : (sample,) names that stay on one side of every split; each sample its own by default.
+    index : (sample,) distinct names that folds and shuffles follow, e.g. the task index; the order of
+        the samples by default.
+    mask : (position, sample) bool, the tokens that count; by default those that are all finite.
+    keep : (sample,) bool, the samples that count; all by default. Folds are made of these.
+    scale : `feature`, `rms` or `none`, from the training rows of each fold. Centring needs no choice: the
+        intercept is free.
+    tol : a probe has converged when gap_bound <= tol * objective.
+    shuffles : how many permutations of the labels are fitted beside them.
+    compat : `llmsknow` fits the probe of "LLMs Know More Than They Show" to the letter and takes C, cv,
+        groups, scale, solver and shuffles from there (hiddenlake.probing.compat).
+    progress : called with (cells done, cells in all).
+
+    Returns a Dataset. Over (layer, position, C): auc, the mean of the folds' AUCs, with its 95 %
+    interval auc_lo, auc_hi (DeLong; bootstrap of whole groups where groups repeat), shuffled_auc,
+    objective (mean over folds), gap_bound, relative_gap (gap_bound / objective), n_iter (the largest over
+    folds and label sets) and converged (all of them). Over (layer, position, C, fold, label_set): fold_auc,
+    fold_objective, fold_gap_bound, fold_n_iter, fold_converged. Over (layer, position): n, n_positive,
+    n_negative and reason. A cell with too few samples is NaN, and `reason` says why.
+
+    Raises ProbeError when the samples cannot be split at all, UnknownNameError for an unknown `compat`.
+    """
+    activations = _with_cell_axes(activations)
+    n = activations.sizes["sample"]
+    positive = _one_per_sample(y, n, "y").astype(bool)
+    kept = np.ones(n, bool) if keep is None else _one_per_sample(keep, n, "keep").astype(bool)
+    mask = _mask(mask, activations)
+    if compat is not None:
+        if compat != "llmsknow":
+            raise UnknownNameError(f"unknown compat {compat!r}: expected `llmsknow` or None")
+        from hiddenlake.probing.compat import fit_llmsknow  # builds on this module
+
+        return fit_llmsknow(activations, positive, mask=mask, keep=kept, seed=seed, progress=progress)
+    names = np.arange(n) if index is None else _one_per_sample(index, n, "index")
+    if len(set(names.tolist())) < n:
+        raise ProbeError(
+            f"index names {len(set(names.tolist()))} of {n} samples: give each its own, and say what belongs "
+            f"together with `groups`"
+        )
+    group_names = names if groups is None else _one_per_sample(groups, n, "groups")
+    design = Design(
+        labels=np.zeros((1 + shuffles, n), bool),
+        fold=np.full(n, -1),
+        n_folds=cv,
+        C=np.atleast_1d(np.asarray(C, np.float64)),
+        group=_repeating(group_names, kept),
+        scale=scale,
+        solver=solver,
+        tol=tol,
+        seed=seed,
+    )
+    design.fold[kept] = make_folds(positive[kept], n_folds=cv, groups=group_names[kept], seed=seed)
+    design.labels[0] = positive
+    design.labels[1:, kept] = shuffle_labels(positive[kept], names[kept], n=shuffles, seed=seed)
+
+    def fit(X: np.ndarray, rows: np.ndarray) -> Cell:
+        return fit_cell(X, rows, design)
+
+    cells = each_cell(activations, mask, kept, fit, progress)
+    result = _dataset(activations, cells, design)
+    result.attrs = {
+        "cv": cv,
+        "C": design.C.tolist(),
+        "scale": scale,
+        "solver": "newton" if solver == "auto" else solver,
+        "tol": tol,
+        "shuffles": shuffles,
+        "seed": seed,
+        "compat": "none",
+        "n": int(kept.sum()),
+        "n_groups": len(set(group_names[kept].tolist())),
+        "interval": "95 %, DeLong over folds" if design.group is None else "95 %, bootstrap of whole groups",
+    }
+    return result
+
+
+def each_cell(
+    activations: xr.DataArray,
+    mask: np.ndarray | None,
+    kept: np.ndarray,
+    fit: Callable[[np.ndarray, np.ndarray], Result],
+    progress: Progress | None = None,
+) -> dict[tuple[int, int], Result]:
+    """Read and fit every cell, on as many threads as there are cores, BLAS on one thread each.
+
+    fit : called with X (n, hidden) and rows (n,) int, the samples that X holds.
+
+    Returns the results by (layer number, position number). Ctrl-C ends after the cells in work.
+    """
+    activations = activations.transpose("layer", "position", "sample", ...)
+
+    def work(layer: int, position: int) -> Result:
+        rows = kept if mask is None else kept & mask[position]
+        X = activations[layer, position].values if rows.any() else np.empty((len(rows), 1), np.float32)
+        if mask is None:
+            rows = rows & np.isfinite(X).all(axis=1)
+        elif not np.isfinite(X[rows]).all():
+            raise ProbeError(
+                f"layer {activations.layer.values[layer]}, position {activations.position.values[position]}: "
+                f"activations are NaN or infinite where `mask` says that there is a token"
+            )
+        chosen = np.flatnonzero(rows)
+        return fit(X[chosen], chosen)
+
+    cells = [(layer, position) for layer in range(activations.shape[0]) for position in range(activations.shape[1])]
+    results: dict[tuple[int, int], Result] = {}
+    waiting = list(reversed(cells))
+    # Threads of BLAS below threads over cells would fight for the same cores.
+    with threadpool_limits(1), ThreadPoolExecutor(n_threads()) as pool:
+        running = {}
+        try:
+            while waiting or running:
+                # Few cells are handed out ahead, so that a failure or Ctrl-C is not followed by hundreds.
+                while waiting and len(running) < 2 * n_threads():
+                    cell = waiting.pop()
+                    running[pool.submit(work, *cell)] = cell
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    results[running.pop(future)] = future.result()
+                    if progress is not None:
+                        progress(len(results), len(cells))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results
+
+
+def n_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _dataset(activations: xr.DataArray, cells: dict[tuple[int, int], Cell], design: Design) -> xr.Dataset:
+    dims = ("layer", "position", "C", "fold", "label_set")
+    coords = {
+        "layer": activations.layer.values,
+        "position": activations.position.values,
+        "C": design.C,
+        "fold": np.arange(design.n_folds),
+        "label_set": ["label", *(f"shuffled_{r}" for r in range(len(design.labels) - 1))],
+    }
+    sizes = tuple(len(coords[dim]) for dim in dims)
+    fill = {"fold_n_iter": np.int32(-1), "fold_converged": False}
+    data = {name: np.full(sizes, fill.get(name, np.nan)) for name in _PER_FOLD}
+    data |= {name: np.full(sizes[:3], np.nan) for name in _PER_CELL}
+    counts = {name: np.zeros(sizes[:2], np.int32) for name in ("n_positive", "n_negative")}
+    reason = np.full(sizes[:2], "", object)
+    for at, cell in cells.items():
+        counts["n_positive"][at], counts["n_negative"][at], reason[at] = cell.n_positive, cell.n_negative, cell.reason
+        if not cell.reason:
+            for name in (*_PER_FOLD, *_PER_CELL):
+                data[name][at] = getattr(cell, name)
+    out = xr.Dataset({name: (dims[: values.ndim], values) for name, values in data.items()}, coords)
+    if len(design.labels) == 1:
+        out = out.drop_vars("shuffled_auc")
+    relative = out.fold_gap_bound / out.fold_objective
+    real = out.sel(label_set="label")
+    out["objective"] = real.fold_objective.mean("fold")
+    out["gap_bound"] = out.fold_gap_bound.max(("fold", "label_set"))
+    out["relative_gap"] = relative.max(("fold", "label_set"))
+    out["n_iter"] = out.fold_n_iter.max(("fold", "label_set"))
+    # A shuffle that was not fitted is no failure to converge.
+    out["converged"] = (out.fold_converged | out.fold_objective.isnull()).all(("fold", "label_set")) & out.auc.notnull()
+    out["n"] = ("layer", "position"), counts["n_positive"] + counts["n_negative"]
+    for name, values in counts.items():
+        out[name] = ("layer", "position"), values
+    out["reason"] = ("layer", "position"), reason
+    return out.drop_vars("label_set").assign_coords(label_set=coords["label_set"])
+
+
+def _with_cell_axes(activations: xr.DataArray) -> xr.DataArray:
+    if "sample" not in activations.dims:
+        raise ProbeError(f"activations have the dimensions {activations.dims}: expected one named `sample`")
+    for dim, name in (("position", ""), ("layer", -1)):
+        if dim not in activations.dims:
+            known = activations.coords.get(dim)
+            activations = activations.drop_vars(dim, errors="ignore").expand_dims(
+                {dim: [name if known is None else known.item()]}
+            )
+        elif dim not in activations.coords:
+            activations = activations.assign_coords({dim: np.arange(activations.sizes[dim])})
+    if activations.ndim != 4:
+        raise ProbeError(f"activations have the dimensions {activations.dims}: expected layer, position, sample, hidden")
+    return activations
+
+
+def _one_per_sample(values: Sequence | np.ndarray, n: int, name: str) -> np.ndarray:
+    values = np.asarray(values)
+    if values.shape != (n,):
+        raise ProbeError(f"{name} has the shape {values.shape}: expected one value for each of the {n} samples")
+    return values
+
+
+def _mask(mask: xr.DataArray | np.ndarray | None, activations: xr.DataArray) -> np.ndarray | None:
+    if mask is None:
+        return None
+    if isinstance(mask, xr.DataArray) and mask.ndim == 2:
+        mask = mask.transpose("position", "sample")
+    values = np.asarray(mask, bool)
+    expected = (activations.sizes["position"], activations.sizes["sample"])
+    if values.ndim == 1:
+        values = np.broadcast_to(values, expected)
+    if values.shape != expected:
+        raise ProbeError(f"mask has the shape {values.shape}: expected (position, sample) = {expected}")
+    return values
+
+
+def _repeating(groups: np.ndarray, kept: np.ndarray) -> np.ndarray | None:
+    """Group numbers when some group has several samples, else None."""
+    names, member = np.unique(groups.astype(str), return_inverse=True)
+    return member if len(set(member[kept].tolist())) < int(kept.sum()) else None
