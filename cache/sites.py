@@ -1,5 +1,6 @@
 """Sites: the places inside a transformer block that can be read, and the dialects that name them."""
 
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,8 +57,8 @@ _DIALECTS = (
 )
 
 _NEAR_MISSES = {
-    "hook_mlp_in": "TransformerLens' hook_mlp_in is the stream before the norm; "
-    "use resid_pre of the next sum or mlp_in (ln2.hook_normalized)",
+    "hook_mlp_in": "TransformerLens' hook_mlp_in is the stream before the norm, which is not captured: "
+    "use mlp_in (ln2.hook_normalized), the stream after it",
     "hidden_states": "Hugging Face's hidden_states[k] is the stream after k blocks: "
     "use resid_post of layer k-1, or embed for k = 0",
 }
@@ -90,20 +91,24 @@ def parse_sites(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[int, ...] 
     """Parse several names into (canonical sites in the table's order, the layers they name or None).
 
     Names that carry a layer must name the same layers for every site, since a capture is a full
-    layer x position box. `embed` is dropped: every capture holds it.
+    layer x position box. A name without one means every layer, also beside others with one. `embed` is
+    dropped: every capture holds it.
     """
     layers_of: dict[str, set[int]] = {}
+    everywhere: set[str] = set()
     for name in names:
         layer, site = parse_site(name)
         layers_of.setdefault(site, set())
         if layer is not None:
             layers_of[site].add(layer)
+        else:
+            everywhere.add(site)
     layers_of.pop("embed", None)
     if not layers_of:
         raise UnknownNameError(
             f"no site with layers was named: expected at least one of {', '.join(n for n in SITES if n != 'embed')}"
         )
-    named = {site: tuple(sorted(layers)) for site, layers in layers_of.items()}
+    named = {site: () if site in everywhere else tuple(sorted(layers)) for site, layers in layers_of.items()}
     if len(set(named.values())) > 1:
         found = "; ".join(f"{site}: {list(layers) or 'all'}" for site, layers in named.items())
         raise UnknownNameError(
@@ -126,13 +131,18 @@ def parse_layers(text: str | Iterable[int], n_layers: int) -> tuple[int, ...]:
         layers: list[int] = []
         for part in text.split(","):
             if match := re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part):
-                layers += range(int(match[1]), int(match[2]) + 1)
+                first, last = int(match[1]), int(match[2])
+                if not first <= last < n_layers:
+                    raise UnknownNameError(
+                        f"layers {part.strip()!r} do not exist: expected first-last, from 0 to {n_layers - 1}"
+                    )
+                layers += range(first, last + 1)
             elif re.fullmatch(r"\s*-?\d+\s*", part):
                 layers.append(int(part))
             else:
                 raise UnknownNameError(f"unknown layers {part!r}: expected `all`, `13`, `0,5,10-12` or `-1`")
     else:
-        layers = [int(layer) for layer in text]
+        layers = [operator.index(layer) for layer in text]
     resolved = []
     for layer in layers:
         if not -n_layers <= layer < n_layers:

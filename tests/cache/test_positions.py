@@ -1,0 +1,179 @@
+"""Positions: each row of the table against a slow reading of it, and rows that are known too early against all of them."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hiddenlake.cache import positions as p
+from hiddenlake.cache.errors import UnknownNameError
+
+Window = tuple[int, int] | None
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> tuple[int, int, Window]:
+    """(prompt length, total length, exact-answer window), small enough that every edge is met."""
+    q = draw(st.integers(1, 12))
+    n = q + draw(st.integers(0, 12))
+    if n == q or draw(st.booleans()):
+        return q, n, None
+    a = draw(st.integers(q, n - 1))
+    return q, n, (a, draw(st.integers(a, n - 1)))
+
+
+names = st.lists(st.sampled_from(p.NAMED) | st.integers(-30, 30).map(str), min_size=1, max_size=20)
+
+
+def meaning(name: str, q: int, n: int, window: Window) -> int:
+    """The table, read slowly: every token is laid out and labelled, and the label is looked for."""
+    labels: dict[str, int] = {}
+    for token in range(n):
+        labels[str(token)] = token
+        labels[str(token - n)] = token
+        if token < q and token + 1 >= q:
+            labels["last_q"] = token
+        if token == q:
+            labels["first_answer"] = token
+        if token == q + 1:
+            labels["second_answer"] = token
+        if window is not None:
+            inside = window[0] <= token <= window[1]
+            if inside:
+                labels.setdefault("exact_answer_first", token)
+                labels["exact_answer_last"] = token
+            elif token < window[0]:
+                labels["exact_answer_before_first"] = token
+            else:
+                labels.setdefault("exact_answer_after_last", token)
+    return labels.get(name, -1)
+
+
+@given(sequences(), names)
+def test_resolve_follows_the_table(sequence: tuple[int, int, Window], wanted: list[str]) -> None:
+    index = p.resolve(wanted, *sequence)
+    assert index.dtype == np.int32
+    assert index.tolist() == [meaning(name, *sequence) for name in wanted]
+
+
+@given(sequences(), names)
+def test_absent_is_never_another_token(sequence: tuple[int, int, Window], wanted: list[str]) -> None:
+    _, n, window = sequence
+    for name, token in zip(wanted, p.resolve(wanted, *sequence).tolist(), strict=True):
+        assert token == -1 or 0 <= token < n
+        if name in p.EXACT_ANSWER and window is None:
+            assert token == -1
+        if name not in p.NAMED and not -n <= int(name) < n:
+            assert token == -1
+
+
+@given(sequences(), names)
+def test_prompt_rows_hold_every_prompt_token_that_can_be_meant(
+    sequence: tuple[int, int, Window], wanted: list[str]
+) -> None:
+    q, _, _ = sequence
+    rows = p.prompt_rows(wanted, q)
+    assert rows == sorted(set(rows)) and all(0 <= row < q for row in rows)
+    index = p.resolve(wanted, *sequence)
+    assert {token for token in index.tolist() if 0 <= token < q} <= set(rows)
+
+
+@given(sequences(), names)
+def test_answer_rows_hold_every_answer_token_that_can_be_meant(
+    sequence: tuple[int, int, Window], wanted: list[str]
+) -> None:
+    q, _, _ = sequence
+    offsets = p.answer_rows(wanted)
+    meant = {token - q for token in p.resolve(wanted, *sequence).tolist() if token >= q}
+    assert offsets is None or meant <= offsets
+
+
+def test_answer_rows_are_known_for_early_positions_only() -> None:
+    assert p.answer_rows(["last_q"]) == set()
+    assert p.answer_rows(["last_q", "first_answer", "second_answer"]) == {0, 1}
+    for late in (*p.EXACT_ANSWER, "-1", "7"):
+        assert p.answer_rows(["first_answer", late]) is None
+
+
+def test_paper_order_is_frozen() -> None:
+    assert p.PAPER == (
+        "last_q",
+        "first_answer",
+        "second_answer",
+        "exact_answer_before_first",
+        "exact_answer_first",
+        "exact_answer_last",
+        "exact_answer_after_last",
+        "-8",
+        "-7",
+        "-6",
+        "-5",
+        "-4",
+        "-3",
+        "-2",
+        "-1",
+    )
+    assert p.parse_positions("paper") == p.PAPER
+
+
+def test_rules_version_is_frozen_with_what_it_means() -> None:
+    # One sample that tells every rule from its neighbours. A change here is a new RULES_VERSION.
+    assert p.RULES_VERSION == 1
+    assert p.resolve((*p.PAPER, "0", "-99"), 10, 16, (12, 13)).tolist() == [
+        *(9, 10, 11),
+        *(11, 12, 13, 14),
+        *(8, 9, 10, 11, 12, 13, 14, 15),
+        *(0, -1),
+    ]
+
+
+def test_an_answer_that_starts_with_the_exact_answer() -> None:
+    assert p.resolve(["exact_answer_before_first", "last_q"], 5, 8, (5, 6)).tolist() == [4, 4]
+
+
+def test_an_answer_that_ends_with_the_exact_answer() -> None:
+    assert p.resolve(["exact_answer_after_last", "exact_answer_last", "-1"], 5, 8, (6, 7)).tolist() == [-1, 7, 7]
+
+
+def test_an_empty_answer() -> None:
+    assert p.resolve(["last_q", "first_answer", "second_answer", "-1"], 5, 5, None).tolist() == [4, -1, -1, 4]
+
+
+@pytest.mark.parametrize(("q", "n"), [(0, 5), (6, 5), (-1, 5)])
+def test_impossible_lengths_are_refused(q: int, n: int) -> None:
+    with pytest.raises(ValueError, match="prompt_length"):
+        p.resolve(["last_q"], q, n, None)
+
+
+@pytest.mark.parametrize("window", [(4, 6), (7, 6), (6, 8), (-1, 6)])
+def test_a_window_outside_the_answer_is_refused(window: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="within the answer"):
+        p.resolve(["last_q"], 5, 8, window)
+
+
+def test_parse_keeps_the_order_and_drops_repeats() -> None:
+    assert p.parse_positions(" -1, last_q ,-1,007, last_q") == ("-1", "last_q", "7")
+    assert p.parse_positions([-1, 3, "-1"]) == ("-1", "3")
+    assert p.parse_positions(["-1", "paper"])[:2] == ("-1", "last_q")
+
+
+@pytest.mark.parametrize("names", ["", "last", "first_answer,", "1.5", "--1", "LAST_Q", []])
+def test_unknown_positions_are_refused_with_the_known_ones(names: str) -> None:
+    with pytest.raises(UnknownNameError, match="exact_answer_last"):
+        p.parse_positions(names)
+
+
+@pytest.mark.parametrize("name", ["all", "all_prompt", "all_generated"])
+def test_token_level_capture_is_refused(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="token-level"):
+        p.parse_positions(name)
+
+
+@given(st.lists(sequences(), min_size=1, max_size=8), names)
+def test_in_answer(batch: list[tuple[int, int, Window]], wanted: list[str]) -> None:
+    index = np.stack([p.resolve(wanted, *sequence) for sequence in batch], axis=1)
+    inside = p.in_answer(index, np.array([q for q, _, _ in batch]))
+    assert inside.shape == index.shape and inside.dtype == bool
+    for sample, (q, n, _) in enumerate(batch):
+        for position in range(len(wanted)):
+            assert inside[position, sample] == (index[position, sample] in range(q, n))
