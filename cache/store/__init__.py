@@ -1,1 +1,19 @@
-"""The capture on disk: layout, writer, commits, reader, xarray view."""
+"""The store: one capture's shards, commits and samples on disk, written, read, viewed and verified."""
+
+from hiddenlake.cache.store.layout import Coverage, shard_samples
+from hiddenlake.cache.store.reader import Capture, open_capture
+from hiddenlake.cache.store.shard import Shard, attach
+from hiddenlake.cache.store.writer import Writer, open_writer
+from hiddenlake.cache.store.zarr_import import register_when_zarr_is_imported
+
+__all__ = [
+    "Capture",
+    "Coverage",
+    "Shard",
+    "Writer",
+    "attach",
+    "open_capture",
+    "open_writer",
+    "register_when_zarr_is_imported",
+    "shard_samples",
+]
