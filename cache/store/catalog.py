@@ -1,0 +1,78 @@
+"""The lake's catalogue: which captures a folder holds, and what one of them is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hiddenlake.cache.errors import HiddenlakeError, StoreError
+from hiddenlake.cache.store.reader import Capture, open_capture
+from hiddenlake.cache.store.root import is_capture
+from hiddenlake.cache.store.verify import RESULT
+
+
+def list_captures(lake: str | Path) -> list[dict[str, Any]]:
+    """One entry a capture of a folder, by name; the folder itself may be one. What is no capture is left out.
+
+    Each entry has name and path, and model, task, sites, layers, positions, dtype, samples, planned, bytes and
+    failures; for a capture that cannot be opened, `error` says why instead.
+
+    Raises StoreError where there is no such folder.
+    """
+    lake = Path(lake)
+    if not lake.is_dir():
+        raise StoreError(f"{lake} is no folder: name the folder that holds your captures")
+    folders = [lake] if is_capture(lake) else sorted(f for f in lake.iterdir() if not f.name.startswith("."))
+    return [_entry(folder) for folder in folders if is_capture(folder) or (folder / "commits").is_dir()]
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    where = {"name": path.resolve().name, "path": str(path)}
+    try:
+        capture = open_capture(path)
+        return where | _facts(capture)
+    except HiddenlakeError as error:
+        return where | {"error": str(error)}
+
+
+def _facts(capture: Capture) -> dict[str, Any]:
+    c = capture.coverage
+    return {
+        "model": _name(capture.identity.get("model")),
+        "task": _name(capture.identity.get("task")),
+        "sites": list(c.sites),
+        "layers": len(c.layers),
+        "positions": len(c.positions),
+        "dtype": c.dtype,
+        "samples": len(capture),
+        "planned": capture.planned,
+        "bytes": capture.nbytes,
+        "failures": capture.failures().num_rows,
+    }
+
+
+def _name(value: Any) -> Any:
+    """A model or a task is a name, or an object with one (`name` or `id`)."""
+    return value.get("name", value.get("id")) if isinstance(value, dict) else value
+
+
+def describe(capture: Capture) -> dict[str, Any]:
+    """Everything that `hiddenlake info` shows of one capture, as plain JSON."""
+    verified = capture.path / RESULT
+    provenances = {json.dumps(commit.provenance, sort_keys=True): commit.provenance for commit in capture.commits}
+    failures: dict[str, int] = {}
+    for cause in capture.failures()["cause"].to_pylist():
+        failures[cause] = failures.get(cause, 0) + 1
+    return {
+        "name": capture.path.resolve().name,
+        "path": str(capture.path),
+        **_facts(capture),
+        "layers": list(capture.coverage.layers),
+        "positions": list(capture.coverage.positions),
+        "widths": capture.coverage.widths,
+        "identity": capture.identity,
+        "provenance": list(provenances.values()),
+        "shard_samples": capture.shard_samples,
+        "shards": len(capture.commits),
+        "failure_causes": failures,
+        "verified": json.loads(verified.read_bytes()) if verified.exists() else None,
+    }

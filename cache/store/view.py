@@ -1,0 +1,147 @@
+"""A capture as a lazy xarray.Dataset: named coordinates, samples in task order, labels beside them."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from hiddenlake.cache.errors import BadInputError
+from hiddenlake.cache.positions import ABSENT, in_answer
+from hiddenlake.cache.sites import SITES
+from hiddenlake.cache.store.layout import DTYPES
+from hiddenlake.cache.store.reader import Capture, Dtype, Snapshot, samples_of
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# `key` is the coordinate; `slot` and `checksum` are the store's own business.
+_COLUMNS = (
+    "index", "sample_index", "group", "prompt", "answer", "answers", "correct", "exact_answer", "exact_answer_valid",
+    "token_ids", "logprobs", "prompt_length", "total_length", "finish_reason", "status",
+)  # fmt: skip
+
+
+class _LazySite(BackendArray):
+    """One site of one snapshot. Indexing reads what is asked for, checked. It can be pickled and shared by threads."""
+
+    def __init__(self, snapshot: Snapshot, site: str, dtype: Dtype) -> None:
+        file = snapshot.layout.files[site]
+        self.snapshot, self.site, self.stored = snapshot, site, dtype
+        self.shape = (*file.outer, len(snapshot.keys), file.width)
+        self.dtype = np.dtype(np.float32) if dtype == "float32" else DTYPES[file.dtype][1]
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> np.ndarray:
+        *outer, rows = (
+            np.atleast_1d(np.arange(length)[index]) for length, index in zip(self.shape[:-1], key[:-1], strict=True)
+        )
+        block = self.snapshot.read_block(self.site, [axis.tolist() for axis in outer], rows, self.stored)
+        squeezed = tuple(0 if isinstance(index, (int, np.integer)) else slice(None) for index in key[:-1])
+        return block[(*squeezed, key[-1])]
+
+
+def dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
+    """The committed samples of a capture, in task order.
+
+    dtype : `float32` widens bfloat16 exactly as it is read; `stored` gives ml_dtypes.bfloat16, with which
+        xarray can do little more than select.
+
+    Returns a Dataset with the coordinates layer (int), position (name) and sample (key), and the variables
+
+        each site                (layer, position, sample, hidden), lazy; NaN where the token is absent
+        embed                    (position, sample, hidden), lazy
+        token_index, in_answer   (position, sample) int32, -1 where absent; bool
+        index, group, correct... (sample,) the columns of samples/; token_ids, logprobs, answers hold sequences
+        <name>                   (sample,) labels/<name>.parquet; <name>_<column> where it has several columns
+
+    Later commits do not show up in it: refresh the capture and take another one. Raises CorruptError.
+    """
+    if dtype not in ("stored", "float32"):
+        raise BadInputError(f"unknown dtype {dtype!r}: expected `stored` or `float32`")
+    snapshot = capture.snapshot
+    coverage = snapshot.root.coverage
+    variables: dict[str, Any] = {}
+    for site in snapshot.layout.files:
+        outer = ("layer", "position") if SITES[site].layered else ("position",)
+        variables[site] = xr.Variable(
+            (*outer, "sample", SITES[site].width),
+            indexing.LazilyIndexedArray(_LazySite(snapshot, site, dtype)),
+            {"long_name": SITES[site].meaning},
+        )
+    table = samples_of(snapshot)
+    lengths = table["prompt_length"].to_numpy()
+    tokens = np.array(_sequences(table["token_index"]), np.int32).reshape(-1, len(coverage.positions)).T
+    variables["token_index"] = (("position", "sample"), tokens)
+    variables["in_answer"] = (("position", "sample"), in_answer(tokens, lengths) & (tokens != ABSENT))
+    variables |= {name: ("sample", _values(table[name])) for name in _COLUMNS}
+    for name, values in _labels(capture, snapshot).items():
+        if name in variables:
+            raise BadInputError(f"labels/{name}.parquet: the capture has a variable {name!r} already: rename the file")
+        variables[name] = ("sample", values)
+    coordinates = {
+        "layer": np.array(coverage.layers, np.int64),
+        "position": np.array(coverage.positions, dtype=object),
+        "sample": snapshot.keys,
+    }
+    attributes = _flat(capture.identity) | {"capture": str(capture.path)}
+    return xr.Dataset(variables, coordinates, attributes)
+
+
+def _values(column: "pyarrow.ChunkedArray") -> np.ndarray:
+    """A column as NumPy: numbers and booleans as such, strings and sequences as objects."""
+    import pyarrow as pa
+
+    if pa.types.is_list(column.type):
+        if pa.types.is_string(column.type.value_type):
+            return _objects([tuple(value) for value in column.to_pylist()])
+        return _objects(_sequences(column))
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return _objects(column.to_pylist())
+    return column.to_numpy()
+
+
+def _sequences(column: "pyarrow.ChunkedArray") -> list[np.ndarray]:
+    """Each row's list of numbers as an array."""
+    return [
+        values
+        for chunk in column.chunks
+        for values in np.split(chunk.flatten().to_numpy(), np.cumsum(chunk.value_lengths().to_numpy())[:-1])[: len(chunk)]
+    ]
+
+
+def _objects(values: list[Any]) -> np.ndarray:
+    """(n,) object, also where all values have one length, which np.array would make a second axis of."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def _labels(capture: Capture, snapshot: Snapshot) -> dict[str, np.ndarray]:
+    """Label columns in task order; a sample without a label gets null."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found = {}
+    keys = pa.array(snapshot.keys.tolist(), pa.string())
+    for name, table in capture.labels().items():
+        columns = [column for column in table.column_names if column != "key"]
+        labelled = table["key"].combine_chunks()
+        if len(pc.unique(labelled)) != len(labelled):
+            raise BadInputError(f"labels/{name}.parquet: a key occurs twice: label each sample once")
+        rows = pc.index_in(keys, labelled)
+        for column in columns:
+            label = name if len(columns) == 1 else f"{name}_{column}"
+            found[label] = _values(table[column].take(rows))
+    return found
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by dots, so that the attributes survive a trip to Zarr or netCDF."""
+    flat = {}
+    for name, value in document.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
