@@ -1,24 +1,17 @@
 """fit_probes: activations and labels in, a Dataset of certified probes out."""
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
-from threadpoolctl import threadpool_limits
 
 from hiddenlake.cache.errors import ProbeError, UnknownNameError
 from hiddenlake.probing.cell import Cell, Design, fit_cell
+from hiddenlake.probing.compat import fit_llmsknow
 from hiddenlake.probing.controls import shuffle_labels
+from hiddenlake.probing.result import assemble
 from hiddenlake.probing.splits import make_folds
-
-Progress = Callable[[int, int], None]
-Result = TypeVar("Result")
-
-_PER_FOLD = ("fold_auc", "fold_objective", "fold_gap_bound", "fold_n_iter", "fold_converged")
-_PER_CELL = ("auc", "auc_lo", "auc_hi", "shuffled_auc")
+from hiddenlake.probing.sweep import Progress, sweep
 
 
 def fit_probes(
@@ -75,8 +68,6 @@ def fit_probes(
     if compat is not None:
         if compat != "llmsknow":
             raise UnknownNameError(f"unknown compat {compat!r}: expected `llmsknow` or None")
-        from hiddenlake.probing.compat import fit_llmsknow  # builds on this module
-
         return fit_llmsknow(activations, positive, mask=mask, keep=kept, seed=seed, progress=progress)
     names = np.arange(n) if index is None else _one_per_sample(index, n, "index")
     if len(set(names.tolist())) < n:
@@ -103,8 +94,8 @@ def fit_probes(
     def fit(X: np.ndarray, rows: np.ndarray) -> Cell:
         return fit_cell(X, rows, design)
 
-    cells = each_cell(activations, mask, kept, fit, progress)
-    result = _dataset(activations, cells, design)
+    cells = sweep(activations, mask, kept, fit, progress=progress)
+    result = assemble(activations, cells, C=design.C, n_folds=cv, n_shuffles=shuffles)
     result.attrs = {
         "cv": cv,
         "C": design.C.tolist(),
@@ -119,99 +110,6 @@ def fit_probes(
         "interval": "95 %, DeLong over folds" if design.group is None else "95 %, bootstrap of whole groups",
     }
     return result
-
-
-def each_cell(
-    activations: xr.DataArray,
-    mask: np.ndarray | None,
-    kept: np.ndarray,
-    fit: Callable[[np.ndarray, np.ndarray], Result],
-    progress: Progress | None = None,
-) -> dict[tuple[int, int], Result]:
-    """Read and fit every cell, on as many threads as there are cores, BLAS on one thread each.
-
-    fit : called with X (n, hidden) and rows (n,) int, the samples that X holds.
-
-    Returns the results by (layer number, position number). Ctrl-C ends after the cells in work.
-    """
-    activations = activations.transpose("layer", "position", "sample", ...)
-
-    def work(layer: int, position: int) -> Result:
-        rows = kept if mask is None else kept & mask[position]
-        X = activations[layer, position].values if rows.any() else np.empty((len(rows), 1), np.float32)
-        if mask is None:
-            rows = rows & np.isfinite(X).all(axis=1)
-        elif not np.isfinite(X[rows]).all():
-            raise ProbeError(
-                f"layer {activations.layer.values[layer]}, position {activations.position.values[position]}: "
-                f"activations are NaN or infinite where `mask` says that there is a token"
-            )
-        chosen = np.flatnonzero(rows)
-        return fit(X[chosen], chosen)
-
-    cells = [(layer, position) for layer in range(activations.shape[0]) for position in range(activations.shape[1])]
-    results: dict[tuple[int, int], Result] = {}
-    waiting = list(reversed(cells))
-    # Threads of BLAS below threads over cells would fight for the same cores.
-    with threadpool_limits(1), ThreadPoolExecutor(n_threads()) as pool:
-        running = {}
-        try:
-            while waiting or running:
-                # Few cells are handed out ahead, so that a failure or Ctrl-C is not followed by hundreds.
-                while waiting and len(running) < 2 * n_threads():
-                    cell = waiting.pop()
-                    running[pool.submit(work, *cell)] = cell
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    results[running.pop(future)] = future.result()
-                    if progress is not None:
-                        progress(len(results), len(cells))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return results
-
-
-def n_threads() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _dataset(activations: xr.DataArray, cells: dict[tuple[int, int], Cell], design: Design) -> xr.Dataset:
-    dims = ("layer", "position", "C", "fold", "label_set")
-    coords = {
-        "layer": activations.layer.values,
-        "position": activations.position.values,
-        "C": design.C,
-        "fold": np.arange(design.n_folds),
-        "label_set": ["label", *(f"shuffled_{r}" for r in range(len(design.labels) - 1))],
-    }
-    sizes = tuple(len(coords[dim]) for dim in dims)
-    fill = {"fold_n_iter": np.int32(-1), "fold_converged": False}
-    data = {name: np.full(sizes, fill.get(name, np.nan)) for name in _PER_FOLD}
-    data |= {name: np.full(sizes[:3], np.nan) for name in _PER_CELL}
-    counts = {name: np.zeros(sizes[:2], np.int32) for name in ("n_positive", "n_negative")}
-    reason = np.full(sizes[:2], "", object)
-    for at, cell in cells.items():
-        counts["n_positive"][at], counts["n_negative"][at], reason[at] = cell.n_positive, cell.n_negative, cell.reason
-        if not cell.reason:
-            for name in (*_PER_FOLD, *_PER_CELL):
-                data[name][at] = getattr(cell, name)
-    out = xr.Dataset({name: (dims[: values.ndim], values) for name, values in data.items()}, coords)
-    if len(design.labels) == 1:
-        out = out.drop_vars("shuffled_auc")
-    relative = out.fold_gap_bound / out.fold_objective
-    real = out.sel(label_set="label")
-    out["objective"] = real.fold_objective.mean("fold")
-    out["gap_bound"] = out.fold_gap_bound.max(("fold", "label_set"))
-    out["relative_gap"] = relative.max(("fold", "label_set"))
-    out["n_iter"] = out.fold_n_iter.max(("fold", "label_set"))
-    # A shuffle that was not fitted is no failure to converge.
-    out["converged"] = (out.fold_converged | out.fold_objective.isnull()).all(("fold", "label_set")) & out.auc.notnull()
-    out["n"] = ("layer", "position"), counts["n_positive"] + counts["n_negative"]
-    for name, values in counts.items():
-        out[name] = ("layer", "position"), values
-    out["reason"] = ("layer", "position"), reason
-    return out.drop_vars("label_set").assign_coords(label_set=coords["label_set"])
 
 
 def _with_cell_axes(activations: xr.DataArray) -> xr.DataArray:

@@ -1,0 +1,52 @@
+"""Result: the cells of a sweep, as one Dataset over (layer, position, C, fold, label_set)."""
+
+import numpy as np
+import xarray as xr
+
+from hiddenlake.probing.cell import Cell
+
+_PER_FOLD = ("fold_auc", "fold_objective", "fold_gap_bound", "fold_n_iter", "fold_converged")
+_PER_CELL = ("auc", "auc_lo", "auc_hi", "shuffled_auc")
+
+
+def assemble(
+    activations: xr.DataArray, cells: dict[tuple[int, int], Cell], *, C: np.ndarray, n_folds: int, n_shuffles: int
+) -> xr.Dataset:
+    """The Dataset that fit_probes describes, from cells by (layer number, position number).
+
+    Cells without probes are NaN (n_iter -1, converged False) and have a `reason`.
+    """
+    dims = ("layer", "position", "C", "fold", "label_set")
+    coords = {
+        "layer": activations.layer.values,
+        "position": activations.position.values,
+        "C": C,
+        "fold": np.arange(n_folds),
+        "label_set": ["label", *(f"shuffled_{r}" for r in range(n_shuffles))],
+    }
+    sizes = tuple(len(coords[dim]) for dim in dims)
+    fill = {"fold_n_iter": np.int32(-1), "fold_converged": False}
+    data = {name: np.full(sizes, fill.get(name, np.nan)) for name in _PER_FOLD}
+    data |= {name: np.full(sizes[:3], np.nan) for name in _PER_CELL}
+    counts = {name: np.zeros(sizes[:2], np.int32) for name in ("n_positive", "n_negative")}
+    reason = np.full(sizes[:2], "", object)
+    for at, cell in cells.items():
+        counts["n_positive"][at], counts["n_negative"][at], reason[at] = cell.n_positive, cell.n_negative, cell.reason
+        if not cell.reason:
+            for name in (*_PER_FOLD, *_PER_CELL):
+                data[name][at] = getattr(cell, name)
+    out = xr.Dataset({name: (dims[: values.ndim], values) for name, values in data.items()}, coords)
+    if n_shuffles == 0:
+        out = out.drop_vars("shuffled_auc")
+    relative = out.fold_gap_bound / out.fold_objective
+    out["objective"] = out.fold_objective.isel(label_set=0, drop=True).mean("fold")
+    out["gap_bound"] = out.fold_gap_bound.max(("fold", "label_set"))
+    out["relative_gap"] = relative.max(("fold", "label_set"))
+    out["n_iter"] = out.fold_n_iter.max(("fold", "label_set"))
+    # A shuffle that was not fitted is no failure to converge.
+    out["converged"] = (out.fold_converged | out.fold_objective.isnull()).all(("fold", "label_set")) & out.auc.notnull()
+    out["n"] = ("layer", "position"), counts["n_positive"] + counts["n_negative"]
+    for name, values in counts.items():
+        out[name] = ("layer", "position"), values
+    out["reason"] = ("layer", "position"), reason
+    return out

@@ -1,0 +1,86 @@
+"""Synthetic captures: what a capture's dataset() returns, with a signal planted where a test wants it."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import xarray as xr
+
+POSITIONS = ("last_q", "first_answer", "second_answer", "exact_answer_first", "exact_answer_last",
+             "exact_answer_after_last", "-2", "-1")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def make_capture() -> Callable[..., xr.Dataset]:
+    return synthetic_capture
+
+
+def synthetic_capture(
+    n: int = 240,
+    n_layers: int = 3,
+    hidden: int = 12,
+    *,
+    positions: tuple[str, ...] = POSITIONS,
+    signal: tuple[int, str] | None = (1, "exact_answer_last"),
+    strength: float = 1.5,
+    wrong_share: float = 0.35,
+    seed: int = 0,
+) -> xr.Dataset:
+    """A Dataset as open_capture(path).dataset() gives it, with massive dimensions and absent tokens.
+
+    signal : the (layer, position) whose activations hold the label; None for noise everywhere.
+    """
+    rng = np.random.default_rng(seed)
+    correct = rng.random(n) > wrong_share
+    valid = rng.random(n) > 0.1
+    prompt_length = rng.integers(8, 12, n)
+    answer_length = rng.integers(1, 7, n)
+    total_length = prompt_length + answer_length
+    a = prompt_length + rng.integers(0, answer_length)
+    b = np.minimum(a + rng.integers(0, 2, n), total_length - 1)
+    table = {
+        "last_q": prompt_length - 1,
+        "first_answer": prompt_length,
+        "second_answer": prompt_length + 1,
+        "exact_answer_before_first": np.where(valid, a - 1, -1),
+        "exact_answer_first": np.where(valid, a, -1),
+        "exact_answer_last": np.where(valid, b, -1),
+        "exact_answer_after_last": np.where(valid, b + 1, -1),
+    }
+    table |= {str(-k): total_length - k for k in range(1, 9)}
+    token_index = np.stack([table[p] for p in positions]).astype(np.int32)
+    token_index[(token_index >= total_length) | (token_index < 0)] = -1
+    token = rng.integers(0, 20, (len(positions), n))
+    token[np.array(positions) == "last_q"] = 3
+    vocabulary = rng.standard_normal((20, hidden))
+    embed = vocabulary[token].astype(np.float32)
+    out = 3.0 * rng.standard_normal(hidden) + rng.standard_normal((n_layers, len(positions), n, hidden))
+    if signal is not None:
+        out[signal[0], positions.index(signal[1]), :, 2] += strength * (2 * correct - 1)
+    out[..., :2] *= 100.0
+    absent = token_index < 0
+    out[:, absent] = np.nan
+    embed[absent] = np.nan
+    answers = np.empty(n, object)
+    answers[:] = [[f"country {i % 17}", "alias"] for i in range(n)]
+    keys = np.array([f"key{rng.integers(1 << 40):010x}" for _ in range(n)], object)
+    text = np.where(valid, "answer", None).astype(object)
+    return xr.Dataset(
+        {
+            "mlp_out": (("layer", "position", "sample", "hidden"), out.astype(np.float32)),
+            "embed": (("position", "sample", "hidden"), embed),
+            "token_index": (("position", "sample"), token_index),
+            "in_answer": (("position", "sample"), token_index >= prompt_length),
+            "index": ("sample", np.arange(n)),
+            "sample_index": ("sample", np.zeros(n, int)),
+            "group": ("sample", np.array([f"city {i}" for i in range(n)], object)),
+            "correct": ("sample", correct),
+            "exact_answer": ("sample", text),
+            "exact_answer_valid": ("sample", valid),
+            "answers": ("sample", answers),
+            "prompt_length": ("sample", prompt_length),
+            "total_length": ("sample", total_length),
+        },
+        coords={"layer": np.arange(n_layers), "position": list(positions), "sample": keys},
+        attrs={"model": "synthetic/model", "task": "synthetic"},
+    )
