@@ -1,3 +1,5 @@
+# Linux, CPython 3.11, no GPU.
+#
 # make setup   a pinned environment in .venv (minutes the first time, seconds while the pins stay the same)
 # make test    setup, then the whole test suite
 # make demo    setup, then the main job: generate, capture, probe, draw, into demo/
