@@ -124,8 +124,7 @@ def _refuse_to_replace_others(folder: Path) -> None:
 def _build(folder: Path) -> None:
     gguf = _find_gguf()
     print(
-        f"hiddenlake: building the demo model {NAME} in {folder}, once: "
-        f"273 MB on disk, 2 GB of memory, half a minute",
+        f"hiddenlake: building the demo model {NAME} in {folder}, once: 273 MB on disk, 2 GB of memory, half a minute",
         file=sys.stderr,
     )
     # One name, so that what a killed process left is swept by the next. The lock makes it ours.

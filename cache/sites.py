@@ -82,8 +82,7 @@ def parse_site(name: str) -> tuple[int | None, str]:
     hint = next((text for part, text in _NEAR_MISSES.items() if part in name), None)
     raise UnknownNameError(
         f"unknown site {name!r}: expected one of {', '.join(SITES)}, a TransformerLens hook name "
-        f"(blocks.*.hook_mlp_out) or a Hugging Face module path (model.layers.*.mlp)"
-        + (f"; {hint}" if hint else "")
+        f"(blocks.*.hook_mlp_out) or a Hugging Face module path (model.layers.*.mlp)" + (f"; {hint}" if hint else "")
     )
 
 
@@ -146,7 +145,9 @@ def parse_layers(text: str | Iterable[int], n_layers: int) -> tuple[int, ...]:
     resolved = []
     for layer in layers:
         if not -n_layers <= layer < n_layers:
-            raise UnknownNameError(f"layer {layer} does not exist: the model has {n_layers} layers, 0 to {n_layers - 1}")
+            raise UnknownNameError(
+                f"layer {layer} does not exist: the model has {n_layers} layers, 0 to {n_layers - 1}"
+            )
         resolved.append(layer % n_layers)
     if not resolved:
         raise UnknownNameError("no layer was named: expected `all`, `13`, `0,5,10-12` or `-1`")

@@ -97,7 +97,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise BadInputError(f"{where}: not CSV ({error}): expected cells apart by commas, quoted by \"") from error
+            raise BadInputError(f'{where}: not CSV ({error}): expected cells apart by commas, quoted by "') from error
         if cells is None:
             return
         if not cells:

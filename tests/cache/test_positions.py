@@ -1,4 +1,4 @@
-"""Positions: each row of the table against a slow reading of it, and rows that are known too early against all of them."""
+"""Positions: the table against a slow reading of it, and the rows that are kept early against all that may be meant."""
 
 import numpy as np
 import pytest

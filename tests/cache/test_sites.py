@@ -80,7 +80,9 @@ def test_unknown_site_is_refused_with_the_known_ones(name: str) -> None:
     assert repr(name) in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("blocks.3.hook_mlp_in", "before the norm"), ("hidden_states", "layer k-1")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("blocks.3.hook_mlp_in", "before the norm"), ("hidden_states", "layer k-1")]
+)
 def test_near_miss_is_explained(name: str, hint: str) -> None:
     with pytest.raises(UnknownNameError, match=hint):
         parse_site(name)
@@ -99,7 +101,9 @@ def test_embed_is_held_by_every_capture() -> None:
     assert parse_sites(["embed", "mlp_out"]) == (("mlp_out",), None)
 
 
-@pytest.mark.parametrize("names", [["mlp_out", "blocks.3.hook_mlp_out"], ["blocks.3.hook_mlp_out", "blocks.*.hook_mlp_out"]])
+@pytest.mark.parametrize(
+    "names", [["mlp_out", "blocks.3.hook_mlp_out"], ["blocks.3.hook_mlp_out", "blocks.*.hook_mlp_out"]]
+)
 def test_every_layer_is_not_narrowed_by_a_name_with_a_layer(names: list[str]) -> None:
     assert parse_sites(names) == (("mlp_out",), None)
 

@@ -84,7 +84,9 @@ def test_the_wheel_works_away_from_the_repo(built: tuple[set[str], Path, Path], 
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
     modules = sorted(
-        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in expected if name.endswith(".py")
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for name in expected
+        if name.endswith(".py")
     )
     script = f"""
 import importlib.util, pathlib

@@ -46,7 +46,9 @@ def test_csv(tmp_path: Path) -> None:
     )
     task = file_task(written(tmp_path, "books.csv", content))
     assert task.questions == (
-        Question(0, 'Who, of all, wrote "Emma"?', ("Jane Austen", "Austen"), ("Dickens",), 'Who, of all, wrote "Emma"?'),
+        Question(
+            0, 'Who, of all, wrote "Emma"?', ("Jane Austen", "Austen"), ("Dickens",), 'Who, of all, wrote "Emma"?'
+        ),
         Question(1, "Two\nlines?", ("one string",), (), "g"),
     )
 
@@ -54,7 +56,9 @@ def test_csv(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
     bom = b"\xef\xbb\xbf"
     as_jsonl = file_task(written(tmp_path, "a.jsonl", bom + json.dumps(ROW).encode()))
-    as_csv = file_task(written(tmp_path, "a.csv", bom + b'question,answers\nWho wrote Emma?,"[""Jane Austen"",""Austen""]"'))
+    as_csv = file_task(
+        written(tmp_path, "a.csv", bom + b'question,answers\nWho wrote Emma?,"[""Jane Austen"",""Austen""]"')
+    )
     assert as_jsonl.questions == as_csv.questions
 
 
@@ -167,7 +171,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8).filter(str.strip)
-rows = st.lists(st.fixed_dictionaries({"question": text, "answers": st.lists(text, min_size=1, max_size=3)}), min_size=1)
+rows = st.lists(
+    st.fixed_dictionaries({"question": text, "answers": st.lists(text, min_size=1, max_size=3)}), min_size=1
+)
 
 
 @given(rows)

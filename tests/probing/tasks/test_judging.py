@@ -21,7 +21,12 @@ def question(answers: list[str], wrong_answers: list[str]) -> Question:
         (["Japan"], ["China"], "It is in china.", Judgement(False, "china")),
         (["Japan"], ["China"], "Not in China, but in Japan.", Judgement(True, "Japan")),
         (["Nippon", "Japan"], [], "Japan, that is Nippon.", Judgement(True, "Japan")),
-        (["United States", "United States of America"], [], "the united states of America", Judgement(True, "united states of America")),
+        (
+            ["United States", "United States of America"],
+            [],
+            "the united states of America",
+            Judgement(True, "united states of America"),
+        ),
         (["x"], ["Guinea", "Guinea-Bissau"], "Guinea-Bissau", Judgement(False, "Guinea-Bissau")),
         (["Japan"], ["China"], "", Judgement(False, None)),
         (["12"], [], "It is 3124.", Judgement(True, "12")),  # the paper's way: any substring

@@ -35,5 +35,5 @@ def test_a_limit_below_one_is_refused(name: str) -> None:
 
 
 def test_an_absent_file_is_named() -> None:
-    with pytest.raises(BadInputError, match="absent.csv: no such file"):
+    with pytest.raises(BadInputError, match=r"absent\.csv: no such file"):
         load_task("absent.csv")
