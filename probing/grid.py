@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from hiddenlake.cache.errors import ProbeError, UnknownNameError
+from hiddenlake.cache.identity import digest
 from hiddenlake.cache.sites import parse_site
 from hiddenlake.cache.store.reader import open_capture
 from hiddenlake.probing.compat import MAX_TOKENS
@@ -123,7 +124,7 @@ def fit_grid(
         "n_samples": int(data.sizes["sample"]),
         "n_unlabelled": int((~labelled).sum()),
         "capture": path,
-        "identity": str(data.attrs.get("identity_hash", data.attrs.get("identity", ""))),
+        "identity": _identity(data.attrs),
         "hiddenlake": version("hiddenlake"),
     }
     _note_best(grid)
@@ -225,10 +226,23 @@ def _add_shares(
 
 def _open(capture: Any) -> tuple[xr.Dataset, str]:
     if isinstance(capture, xr.Dataset):
-        return capture, str(capture.encoding.get("source", capture.attrs.get("path", "")))
+        return capture, str(capture.attrs.get("capture", ""))
     if isinstance(capture, (str, Path)):
         capture = open_capture(capture)
     return capture.dataset(), str(capture.path)
+
+
+def _identity(attrs: dict[str, Any]) -> str:
+    """Digest of the value identity, whose nested names a Dataset's attributes join by dots."""
+    identity: dict[str, Any] = {}
+    for name, value in attrs.items():
+        *outer, last = name.split(".")
+        at = identity
+        for part in outer:
+            at = at.setdefault(part, {})
+        at[last] = value
+    identity.pop("capture", None)
+    return digest(identity)
 
 
 def _site(data: xr.Dataset, name: str) -> str:

@@ -202,7 +202,7 @@ def _split(grid: xr.Dataset) -> str:
     if attrs.get("compat", "none") != "none":
         return (
             f"Fitted as in the paper's code (compat {attrs['compat']}): one split of 80\u00a0% and 20\u00a0%, seed {attrs['seed']}; "
-            f"raw activations, C = 1, at most 100 iterations."
+            f"raw activations, C = 1, at most 100 iterations; {attrs['fallback']}."
         )
     return (
         f"{attrs['cv']}-fold cross-validation, groups: {attrs.get('groups', 'given')} ({attrs['n_groups']}); "
