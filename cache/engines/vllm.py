@@ -205,6 +205,11 @@ class VllmEngine:
         self._engine.collective_rpc("hiddenlake_drop", args=(list(keys),))
         self._in_flight.difference_update(keys)
 
+    def stats(self) -> dict[str, int]:
+        """What the worker counts: see CaptureExtension.hiddenlake_stats."""
+        [counts] = self._engine.collective_rpc("hiddenlake_stats")
+        return counts
+
     def close(self) -> None:
         self._engine.engine_core.shutdown()
 

@@ -56,10 +56,11 @@ class CaptureExtension:
             recorder.drop(key)
 
     def hiddenlake_stats(self) -> dict[str, int]:
-        """{"free": free slots of the arena, "books": samples in flight}."""
+        """{"free": free slots of the arena, "books": samples in flight, "recomputed": rows that preemption or
+        rejected drafts made vLLM compute again}."""
         recorder = self.hiddenlake_recorder
         assert recorder is not None, "the canary lets no run start without taps"
-        return {"free": recorder.staging.free, "books": len(recorder.books)}
+        return {"free": recorder.staging.free, "books": len(recorder.books), "recomputed": recorder.recomputed}
 
 
 @torch.inference_mode()

@@ -51,6 +51,7 @@ class Recorder:
         self.staging = staging
         self.embedding = embedding
         self.books: dict[str, Book] = {}
+        self.recomputed = 0
         self._key_of: dict[str, str] = {}
         self._slots: list[int] = []
         self._arena = as_bits(staging.arena)
@@ -73,6 +74,8 @@ class Recorder:
                         slot = book.slots.get(token)
                         if slot is None:
                             slot = self.staging.take()
+                        else:
+                            self.recomputed += 1
                         if slot is None:
                             book.cause = f"the ring was full at token {token}"
                             break

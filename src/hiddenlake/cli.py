@@ -27,15 +27,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def main() -> None:
     """Run a command. Errors that hiddenlake raises on purpose become one sentence and exit status 1."""
     try:
-        app(standalone_mode=False)
+        # the exit code of typer.Exit, else what a command returns: nothing
+        sys.exit(app(standalone_mode=False))
     except HiddenlakeError as error:
         _talk(f"error: {error}")
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         _talk("interrupted")
         sys.exit(EXIT_INTERRUPTED)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except Exception as error:
         # click reports wrong usage by exceptions that can show themselves
         if hasattr(error, "show") and hasattr(error, "exit_code"):
@@ -158,7 +157,7 @@ def read_command(
     as_json: Json = False,
 ) -> None:
     """Read activations, checked: into a .npz with keys and labels, or as a table of the first samples."""
-    from hiddenlake.cache.store.export import cell_table, write_npz
+    from hiddenlake.cache.export import cell_table, write_npz
     from hiddenlake.cache.store.reader import open_capture
 
     opened = open_capture(capture)

@@ -1,0 +1,112 @@
+"""Chunked prefill and forced preemption leave the same rows, each at its own token."""
+
+import numpy as np
+import pytest
+
+from hiddenlake.cache.capture import make_prompts, start_engine
+from hiddenlake.cache.engines.base import Request
+from hiddenlake.cache.identity import Decoding, Identity
+from hiddenlake.cache.model import load_model
+from hiddenlake.cache.positions import PAPER, resolve
+from hiddenlake.cache.store.layout import Coverage, Layout
+from hiddenlake.cache.store.shard import Shard, ShardBuffer
+from hiddenlake.cache.worker.plan import Placement
+
+from .conftest import SITES, make_task, relative_error
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+N = 12
+
+CASES = {
+    # at most 64 tokens a step: prompts of up to 170 tokens come in three chunks, mixed with decoding
+    "chunked_prefill": {"max_num_batched_tokens": 64, "max_num_seqs": 8},
+    # 16 blocks of 32 tokens: prompts are let in until they are full, and growing answers throw some out again
+    "preemption": {"max_num_batched_tokens": 256, "max_num_seqs": 8, "block_size": 32, "num_gpu_blocks_override": 16},
+}
+# Why preemption may differ more: see test_scheduled_rows_equal_hugging_face.
+TOLERANCE = {"chunked_prefill": 1e-4, "preemption": 1e-3}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def run(request, demo_model_folder):
+    """(case, prompts, generations by key, shard views, worker's counts) of one engine run."""
+    model, task = load_model(demo_model_folder, "float32"), make_task(N)
+    identity = Identity(
+        model.name, model.weights, None, "float32", model.chat_template, task.name, task.rules, Decoding(24)
+    )
+    prompts = make_prompts(model, identity, task)
+    longest = max(len(p.token_ids) for p in prompts)
+    wanted = Request(
+        model, SITES, tuple(range(30)), PAPER, 24, longest + 24, 2 << 30, dict(CASES[request.param])
+    )
+    coverage = Coverage(SITES, tuple(range(30)), PAPER, dict.fromkeys((*SITES, "embed"), 576), "float32")
+    buffer = ShardBuffer(Layout(coverage, 16))
+    shard = Shard(0, 0, buffer)
+    engine = start_engine("vllm", wanted, prompts[0].token_ids)
+    try:
+        done = {}
+        for prompt in prompts:
+            assert engine.has_room()
+            engine.submit(prompt)
+        while len(done) < N:
+            done |= {g.key: g for g in engine.step()}
+        placements = []
+        for slot, prompt in enumerate(prompts):
+            ids = (*prompt.token_ids, *done[prompt.key].answer_ids)
+            q = len(prompt.token_ids)
+            index = resolve(PAPER, q, len(ids), (q, q + 1))
+            placements.append(Placement(prompt.key, ids, tuple(index.tolist()), slot))
+        assert engine.store(shard.handle, placements) == [None] * N
+        counts = engine.stats()
+        engine.drop([p.key for p in prompts])
+        empty = engine.stats()
+    finally:
+        engine.close()
+    views = {site: view.copy() for site, view in buffer.views.items()}
+    buffer.close()
+    return request.param, placements, done, views, counts, empty
+
+
+def test_scheduled_rows_equal_hugging_face(run, reference):
+    """Relative L2 error a token.
+
+    Under preemption a decoded token is computed a second time as part of a prefill, where attention sums the
+    same keys in another order, so later rows differ by rounding that massive activations amplify. It is held
+    to 1e-3, the rest to 1e-4.
+    """
+    case, placements, _, views, _, _ = run
+    worst = dict.fromkeys((*SITES, "embed"), 0.0)
+    for placement in placements:
+        expected = reference(placement.token_ids)
+        for p, token in enumerate(placement.token_index):
+            for site in worst:
+                found = views[site][..., p, placement.slot, :]
+                if token >= 0:
+                    worst[site] = max(worst[site], float(relative_error(found, expected[site][..., token, :]).max()))
+                else:
+                    assert np.isnan(found).all()
+    print(f"\n{case}: worst relative L2 error by site {worst}")
+    assert max(worst.values()) <= TOLERANCE[case]
+
+
+def test_preemption_happened(run):
+    case, _, _, _, counts, _ = run
+    print(f"\n{case}: {counts}")
+    assert (counts["recomputed"] > 0) == (case == "preemption")
+
+
+def test_rows_are_given_back(run):
+    _, _, _, _, counts, empty = run
+    assert counts["books"] == N and counts["free"] < empty["free"]
+    assert empty["books"] == 0
+
+
+def test_greedy_answers_are_hugging_faces(run, reference):
+    """Each generated token is the most probable one given what stands before it, or a near-tie."""
+    _, placements, done, _, _, _ = run
+    for placement in placements[:3]:
+        answer = done[placement.key].answer_ids
+        q = len(placement.token_ids) - len(answer)
+        logits = reference(placement.token_ids)["logits"][q - 1 : -1]
+        assert (logits.max(-1) - logits[np.arange(len(answer)), list(answer)] < 1e-3).all()
