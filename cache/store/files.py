@@ -232,6 +232,13 @@ class FileLock:
 
     def release(self) -> None:
         """Give the lock back; a second call does nothing."""
+        if self.descriptor is not None:
+            # Unlocked and not only closed: a child that was just forked may still hold a copy.
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        self.forget()
+
+    def forget(self) -> None:
+        """Close this process's copy; the lock stays with the process that took it."""
         _held.discard(self)
         if self.descriptor is not None:
             os.close(self.descriptor)
@@ -249,7 +256,7 @@ _held: "weakref.WeakSet[FileLock]" = weakref.WeakSet()
 
 def _drop_inherited_locks() -> None:
     for lock in list(_held):
-        lock.release()
+        lock.forget()
 
 
 os.register_at_fork(after_in_child=_drop_inherited_locks)

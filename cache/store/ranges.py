@@ -78,7 +78,7 @@ def _read_shard(read: ShardRead, outer: Sequence[Sequence[int]], out: np.ndarray
         order = np.argsort(read.slots, kind="stable")
         slots, into = read.slots[order], read.into[order]
         rows_bytes = len(cells) * len(slots) * shape.row_bytes
-        whole_bytes = len(cells) * (shape.chunk_bytes + 4)
+        whole_bytes = len(cells) * shape.chunk_bytes
         checksums_bytes = read.commit.files[read.layout.row_crc_file(read.site, read.commit.shard)].size
         if check and rows_bytes + (0 if _cached(read) else checksums_bytes) >= whole_bytes:
             _read_chunks(read, descriptor, cells, slots, into, out)

@@ -213,11 +213,11 @@ class Capture:
         if dtype not in ("stored", "float32"):
             raise UnknownNameError(f"unknown dtype {dtype!r}: expected `stored` or `float32`")
         positions, one_position = _select(
-            "position", position, {name: i for i, name in enumerate(c.positions)}, str, self.path
+            "position", position, {name: i for i, name in enumerate(c.positions)}, self.path
         )
         outer, squeeze = [positions], [one_position]
         if SITES[site].layered:
-            layers, one_layer = _select("layer", layer, {k: i for i, k in enumerate(c.layers)}, int, self.path)
+            layers, one_layer = _select("layer", layer, {k: i for i, k in enumerate(c.layers)}, self.path)
             outer, squeeze = [layers, positions], [one_layer, one_position]
         elif layer is not None:
             raise UnknownNameError(f"site {site!r} has no layers, but layer {layer!r} was asked for: leave it out")
@@ -229,10 +229,11 @@ class Capture:
         count = len(snapshot.keys)
         if samples is None:
             return np.arange(count), False
-        one = isinstance(samples, (str, int, np.integer))
+        one = isinstance(samples, str) or not isinstance(samples, Iterable)
         rows = []
         for sample in [samples] if one else samples:
-            row = snapshot.row_of.get(sample, -1) if isinstance(sample, str) else int(sample)
+            row = snapshot.row_of.get(sample, -1) if isinstance(sample, str) else sample
+            row = int(row) if isinstance(row, (int, np.integer)) else -1
             if not 0 <= row < count:
                 raise UnknownNameError(
                     f"{self.path} has no sample {sample!r}: it has {count} samples, numbered in task order from 0, "
@@ -287,17 +288,23 @@ def _read(file: Path) -> bytes:
         raise StoreError(f"{file}: {error.strerror}: the file cannot be read") from error
 
 
-def _select(axis: str, wanted: Any, known: dict[Any, int], kind: type, path: Path) -> tuple[list[int], bool]:
+def _select(axis: str, wanted: Any, known: dict[Any, int], path: Path) -> tuple[list[int], bool]:
     """(indices along an axis, whether the axis goes)."""
     if wanted is None:
         return list(known.values()), False
-    one = isinstance(wanted, (str, int, np.integer))
+    one = isinstance(wanted, str) or not isinstance(wanted, Iterable)
     found = []
     for value in [wanted] if one else wanted:
-        number = known.get(kind(value)) if not isinstance(value, (bool, float)) else None
+        number = None
+        if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+            # Positions from the start or the end are numbers to a user and names in the store.
+            number = known.get(str(value) if axis == "position" else int(value))
+        elif isinstance(value, str):
+            number = known.get(value)
         if number is None:
             raise UnknownNameError(
-                f"{path} has no {axis} {value!r}: it has {', '.join(map(str, known))}; a capture with other coverage needs another folder"
+                f"{path} has no {axis} {value!r}: it has {', '.join(map(str, known))}; a capture with other coverage "
+                f"needs another folder"
             )
         found.append(number)
     return found, one

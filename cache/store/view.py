@@ -55,7 +55,8 @@ def dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
         each site                (layer, position, sample, hidden), lazy; NaN where the token is absent
         embed                    (position, sample, hidden), lazy
         token_index, in_answer   (position, sample) int32, -1 where absent; bool
-        index, group, correct... (sample,) the columns of samples/; token_ids, logprobs, answers hold sequences
+        index, group, correct... (sample,) the columns of samples/; token_ids, logprobs, answers hold sequences,
+                                 and exact_answer is null (xarray's NaN) where none was found
         <name>                   (sample,) labels/<name>.parquet; <name>_<column> where it has several columns
 
     Later commits do not show up in it: refresh the capture and take another one. Raises CorruptError.

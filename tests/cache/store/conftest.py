@@ -1,0 +1,55 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hiddenlake.cache.store import open_capture
+
+PROCESS = Path(__file__).with_name("process.py")
+
+
+@pytest.fixture(scope="session")
+def process():
+    """Path of the writer process's script."""
+    return PROCESS
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The module that makes small captures, and says what must be in them."""
+    spec = importlib.util.spec_from_file_location("tiny_capture", PROCESS)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_capture"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def expected(tiny):
+    """site -> bits of samples 0 to n, (layer, position, sample, width) or (position, sample, width)."""
+
+    def expect(samples, dtype="bfloat16"):
+        every = [tiny.rows(i, dtype) for i in (range(samples) if isinstance(samples, int) else samples)]
+        return {site: np.stack([rows[site] for rows in every], axis=-2) for site in every[0]}
+
+    return expect
+
+
+@pytest.fixture(scope="session")
+def assert_holds(tiny, expected):
+    """Every committed sample of a capture has exactly its bits. Returns the capture."""
+
+    def check(path, complete=None):
+        capture = open_capture(path)
+        numbers = [int(key.removeprefix("key-")) for key in capture.keys]
+        assert numbers == sorted(set(numbers))
+        if complete is not None:
+            assert numbers == list(range(complete))
+        if numbers:
+            for site, bits in expected(numbers, capture.coverage.dtype).items():
+                assert np.array_equal(capture.read(site).view(np.uint8), np.ascontiguousarray(bits).view(np.uint8))
+        return capture
+
+    return check

@@ -1,0 +1,173 @@
+import json
+import shutil
+
+import pytest
+
+from hiddenlake.cache.errors import CorruptError
+from hiddenlake.cache.store import open_capture
+from hiddenlake.cache.store.verify import verify
+
+SAMPLES = 10
+
+
+@pytest.fixture(scope="module")
+def intact(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("lake") / "numbers"
+    tiny.write(path, SAMPLES)
+    return path
+
+
+@pytest.fixture
+def path(intact, tmp_path):
+    # Each test gets its own path, so that nothing that was checked before is remembered for it.
+    return shutil.copytree(intact, tmp_path / "numbers")
+
+
+def flip(file, offset):
+    raw = bytearray(file.read_bytes())
+    raw[offset] ^= 0x10
+    file.write_bytes(raw)
+
+
+def use_everything(path):
+    """Read a capture as a user would: all of it, and single rows of it."""
+    capture = open_capture(path)
+    for site in (*capture.coverage.sites, "embed"):
+        for row in range(len(capture)):
+            capture.read(site, samples=[row], layer=None)
+        capture.read(site)
+    capture.samples()
+    capture.failures()
+
+
+@pytest.mark.parametrize(
+    ("name", "offset"),
+    [
+        ("mlp_out/c.0.0.0.0", 5),  # a value
+        ("mlp_out/c.0.0.1.0", 4096 * 7 + 100),  # a value of another cell
+        ("mlp_out/c.0.0.0.0", 24 * 2 * 4 + 1),  # a chunk's checksum
+        ("mlp_out/c.0.0.0.0", -20),  # the index
+        ("mlp_out/c.0.0.0.0", -1),  # the index's checksum
+        ("embed/c.0.1.0", 9),
+        ("samples/0.parquet", 60),
+        ("samples/2.parquet", -9),
+        ("commits/0.json", 40),
+        ("commits/1.json", -40),
+        ("zarr.json", 300),
+    ],
+)
+def test_a_flipped_bit_is_an_error_that_names_the_file(path, name, offset):
+    size = (path / name).stat().st_size
+    flip(path / name, offset % size)
+    with pytest.raises(CorruptError) as error:
+        use_everything(path)
+    assert str(path / name) in str(error.value)
+    assert "restore" in str(error.value) or "hiddenlake verify" in str(error.value)
+    report = verify(path)
+    assert not report.ok and name in {problem.file for problem in report.problems}
+    assert json.loads((path / "verify.json").read_text())["ok"] is False
+
+
+@pytest.mark.parametrize("offset", [8, -2])
+def test_damaged_row_checksums_are_noticed_when_they_are_used(path, offset):
+    name = "row_crc/mlp_out/c.0.0.0"
+    flip(path / name, offset % (path / name).stat().st_size)
+    assert name in {problem.file for problem in verify(path).problems}
+    capture = open_capture(path)
+    capture.read("mlp_out")  # whole chunks have their own checksum
+    with pytest.raises(CorruptError, match="row_crc"):
+        # One row of each cell, which with the row checksums is less to read than the cells.
+        capture.read("mlp_out", samples=[capture.commits[0].keys[1]])
+
+
+def test_every_bit_of_a_small_shard_is_guarded(path):
+    """verify notices a flip anywhere: values, padding, index."""
+    name = "embed/c.0.0.0"
+    size = (path / name).stat().st_size
+    for offset in [*range(0, size, 997), size - 1]:
+        flip(path / name, offset)
+        assert name in {problem.file for problem in verify(path).problems}, offset
+        flip(path / name, offset)
+    assert verify(path).ok
+
+
+@pytest.mark.parametrize("name", ["mlp_out/c.0.0.0.0", "embed/c.0.0.0", "samples/0.parquet"])
+@pytest.mark.parametrize("keep", [0, 100, None])
+def test_a_truncated_or_missing_file_is_an_error_that_says_where_it_ends(path, name, keep):
+    if keep is None:
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes((path / name).read_bytes()[:keep])
+    with pytest.raises(CorruptError) as error:
+        use_everything(path)
+    assert str(path / name) in str(error.value)
+    assert "committed with it" in str(error.value) if keep is None else f"ends at byte {keep}" in str(error.value)
+    assert name in {problem.file for problem in verify(path).problems}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "token_index/c.0.0", "in_answer/c.0.1", "committed/c.0", "sample/c.2", "layer/c.0", "position/c.0",
+        "mlp_out/zarr.json", "row_crc/embed/zarr.json", "row_crc/zarr.json",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("missing", [False, True])
+def test_derived_files_are_reported_and_rebuilt(path, tiny, name, missing, assert_holds):
+    before = (path / name).read_bytes()
+    if missing:
+        (path / name).unlink()
+    else:
+        flip(path / name, len(before) // 2)
+    assert [problem.file for problem in verify(path).problems] == [name]
+    assert_holds(path, complete=SAMPLES)
+    tiny.open_tiny(path, SAMPLES).close()
+    assert (path / name).read_bytes() == before
+    assert verify(path).ok
+
+
+def test_a_damaged_failure_list_is_an_error(path):
+    (path / "failures" / "x.parquet").write_bytes(b"PAR1 but not really PAR1")
+    with pytest.raises(CorruptError, match=r"x\.parquet"):
+        open_capture(path).failures()
+
+
+def test_the_remedy_works(path, tiny, assert_holds):
+    """What the error says to do brings the samples back."""
+    flip(path / "mlp_out" / "c.0.0.1.0", 5)
+    (path / "commits" / "1.json").unlink()
+    assert_holds(path)
+    tiny.write(path, SAMPLES)
+    assert_holds(path, complete=SAMPLES)
+    assert verify(path).ok
+
+
+def test_rules_are_verified_beyond_checksums(path, tiny):
+    """A commit whose checksums are right vouches for nothing that breaks the store's rules."""
+    from hiddenlake.cache.store.commits import Commit, FileRecord, read_commit
+    from hiddenlake.cache.store.files import crc32c
+
+    commit = read_commit(path, 0)
+    layout = open_capture(path).snapshot.layout
+    name, file = layout.data_file("embed", 0), layout.files["embed"]
+    raw = bytearray((path / name).read_bytes())
+    raw[0:2] = (0x7F80).to_bytes(2, "little")  # infinite
+    raw[file.chunk_bytes : file.chunk_bytes + 4] = crc32c(bytes(raw[: file.chunk_bytes])).to_bytes(4, "little")
+    (path / name).write_bytes(raw)
+    files = commit.files | {name: FileRecord(len(raw), crc32c(bytes(raw)))}
+    other = commit.keys[:-1] + (read_commit(path, 1).keys[0],)
+    (path / "commits" / "0.json").unlink()
+    Commit(0, commit.writer, 1, {}, other, commit.order, files, commit.time).publish(path)
+    found = [str(problem) for problem in verify(path).problems]
+    assert any("embed/c.0.0.0 at byte 0: the row of slot 0 differs from its row_crc" in text for text in found)
+    assert any("is in shard 0 too" in text for text in found)
+    assert any("samples/0.parquet: slots, keys or order differ" in text for text in found)
+
+
+def test_verify_says_how_far_it_is_and_what_it_checked(path):
+    seen = []
+    report = verify(path, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert (report.shards, report.samples, report.bytes) == (3, SAMPLES, open_capture(path).nbytes)
+    assert report.ok and report.kept
+    assert json.loads((path / "verify.json").read_text()) == report.to_json() | {"problems": []}
