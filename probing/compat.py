@@ -80,9 +80,10 @@ def fit_llmsknow(
     if n < 5:
         raise ProbeError(f"{n} samples cannot be split into 80 % and 20 %: expected at least 5")
     train, validation = split_llmsknow(n, seed)
-    part = np.full(n, "-", "U1")
-    part[train], part[validation] = "t", "v"
-    drawn = part != "-"
+    # The rows keep the order of the draw: a fit that stops early on raw float32 rows depends on it.
+    place = np.full(n, -1)
+    place[np.concatenate([train, validation])] = np.arange(len(train) + len(validation))
+    drawn = place >= 0
     used = drawn if keep is None else drawn & keep
     if mask is None:
         finite = np.isfinite(activations.isel(layer=0)).all(activations.dims[-1])
@@ -90,7 +91,9 @@ def fit_llmsknow(
     mask, borrow = _last_token_instead(activations.position.values.tolist(), mask, used)
 
     def fit(X: np.ndarray, rows: np.ndarray) -> tuple[Cell, dict[str, float]]:
-        return _fit_cell(X, positive[rows], part[rows] == "t", seed)
+        order = np.argsort(place[rows])
+        rows = rows[order]
+        return _fit_cell(X[order], positive[rows], place[rows] < len(train), seed)
 
     with warnings.catch_warnings():
         # Said by the certificate instead, in every cell.
