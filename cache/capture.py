@@ -12,16 +12,11 @@ from hiddenlake.cache import positions as rules
 from hiddenlake.cache.engines.base import Engine, Request
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.estimate import Estimate, estimate
-from hiddenlake.cache.identity import Decoding, Identity, sample_key
-from hiddenlake.cache.model import Model, load_model
+from hiddenlake.cache.job import GIB, Job, plan_job
 from hiddenlake.cache.samples import Failure, Generation, Prompt, Sample, Task
-from hiddenlake.cache.sites import parse_layers, parse_sites
 from hiddenlake.cache.spans import find_window
-from hiddenlake.cache.store.layout import Coverage
 from hiddenlake.cache.store.writer import Writer, open_writer
 from hiddenlake.cache.worker.plan import Placement
-
-GIB = 1 << 30
 
 # Samples reserved at a time: enough to keep an engine busy, few enough for several writers to share a small task.
 _RESERVE = 64
@@ -103,66 +98,62 @@ def capture(
 
     Raises HiddenlakeError: bad input, another identity, a canary that failed, a disk that is full.
     """
+    job = plan_job(
+        model,
+        task,
+        sites=sites,
+        layers=layers,
+        positions=positions,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+        ring_bytes=ring_bytes,
+        options=options,
+    )
+    return run_job(
+        job, out=out, engine=engine, buffer_bytes=buffer_bytes, shard_samples=shard_samples, watcher=watcher
+    )
+
+
+def run_job(
+    job: Job,
+    *,
+    out: str | Path,
+    engine: str = "vllm",
+    buffer_bytes: int = 2 * GIB,
+    shard_samples: int | None = None,
+    watcher: Watcher | None = None,
+) -> Summary:
+    """Capture what a job has left to do. See `capture`."""
     watcher = watcher or Watcher()
     if engine not in ENGINES:
         raise BadInputError(f"engine {engine!r} does not exist: expected {' or '.join(ENGINES)}")
-    known, named_layers = parse_sites(sites)
-    position_names = rules.parse_positions(positions)
-    source = load_model(model, dtype)
-    layer_numbers = parse_layers(named_layers if named_layers is not None else layers, source.n_layers)
-    identity = Identity(
-        model=source.name,
-        weights=source.weights,
-        quantization=source.quantization,
-        dtype=source.dtype,
-        chat_template=source.chat_template,
-        task=task.name,
-        judge=task.rules,
-        decoding=Decoding(max_new_tokens),
-    )
-    coverage = Coverage(
-        known, layer_numbers, position_names, {site: source.hidden for site in (*known, "embed")}, source.dtype
-    )
-    prompts = make_prompts(source, identity, task)
-    fitting = [p for p in prompts if len(p.token_ids) < source.context]
-    longest = max((len(p.token_ids) for p in fitting), default=1)
-    request = Request(
-        model=source,
-        sites=known,
-        layers=layer_numbers,
-        positions=position_names,
-        max_new_tokens=max_new_tokens,
-        max_length=min(source.context, longest + max_new_tokens),
-        ring_bytes=ring_bytes,
-        options=dict(options or {}),
-    )
     out = Path(out)
+    planned = len(job.prompts) + len(job.too_long)
     with open_writer(
         out,
-        identity=identity.to_json(),
-        coverage=coverage,
+        identity=job.identity.to_json(),
+        coverage=job.coverage,
         provenance={},
-        planned=len(prompts),
+        planned=planned,
         buffer_bytes=buffer_bytes,
         shard_samples=shard_samples,
     ) as writer:
-        start = time.perf_counter()
-        summary = Summary(str(out), planned=len(prompts), present=sum(p.key in writer.committed for p in prompts))
-        pending = [p for p in fitting if p.key not in writer.committed]
-        cost = estimate(request, coverage, writer.shard_samples, len(pending), out)
+        pending = [p for p in job.prompts if p.key not in writer.committed]
+        summary = Summary(str(out), planned, present=len(job.prompts) - len(pending))
+        cost = estimate(job.request, job.coverage, writer.shard_samples, len(pending), out)
         cost.check_disk()
         watcher.planned(cost, summary)
-        for prompt in prompts:
-            if len(prompt.token_ids) >= source.context:
-                cause = f"the prompt has {len(prompt.token_ids)} tokens, the model's context {source.context}"
-                _fail(writer, summary, prompt, cause, attempts=0)
+        for prompt in job.too_long:
+            cause = f"the prompt has {len(prompt.token_ids)} tokens, the model's context {job.request.model.context}"
+            _fail(writer, summary, prompt, cause, attempts=0)
+        start = time.perf_counter()
         if pending:
-            session = start_engine(engine, request, pending[0].token_ids)
-            writer._provenance = session.provenance
+            session = start_engine(engine, job.request, pending[0].token_ids)
+            writer.provenance = session.provenance
             start = time.perf_counter()
             try:
                 watcher.started()
-                _Run(source, task, position_names, session, writer, summary, watcher).go(pending)
+                _Run(job, session, writer, summary, watcher).go(pending)
                 writer.flush()
             except KeyboardInterrupt:
                 summary.interrupted = True
@@ -172,15 +163,6 @@ def capture(
     summary.committed, summary.bytes = writer.published, writer.bytes_written
     summary.seconds = time.perf_counter() - start
     return summary
-
-
-def make_prompts(model: Model, identity: Identity, task: Task) -> list[Prompt]:
-    """The prompts of a task with their keys, in task order."""
-    prompts = []
-    for question in task.questions:
-        text, ids = model.encode(question.question)
-        prompts.append(Prompt(sample_key(identity, ids, question.index, 0), question, 0, text, ids))
-    return prompts
 
 
 def start_engine(name: str, request: Request, canary: Sequence[int]) -> Engine:
@@ -209,17 +191,8 @@ def _fail(writer: Writer, summary: Summary, prompt: Prompt, cause: str, attempts
 class _Run:
     """One engine and one writer at work on one task."""
 
-    def __init__(
-        self,
-        model: Model,
-        task: Task,
-        positions: tuple[str, ...],
-        engine: Engine,
-        writer: Writer,
-        summary: Summary,
-        watcher: Watcher,
-    ) -> None:
-        self.model, self.task, self.positions = model, task, positions
+    def __init__(self, job: Job, engine: Engine, writer: Writer, summary: Summary, watcher: Watcher) -> None:
+        self.task, self.model, self.positions = job.task, job.request.model, job.request.positions
         self.engine, self.writer, self.summary, self.watcher = engine, writer, summary, watcher
         self.sample_bytes = writer.layout.shard_bytes // writer.shard_samples
         self.in_flight: dict[str, Prompt] = {}

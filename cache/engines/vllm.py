@@ -13,8 +13,12 @@ from hiddenlake.cache.worker.recorder import EXTRA_ARG
 
 TESTED_VERSIONS = ("0.32.0",)
 
-# On a CPU more sequences at once no longer raise throughput; a GPU wants vLLM's own default.
-_CPU_SEQUENCES = 64
+_CPU_OPTIONS = {
+    "max_num_seqs": 64,  # more at once no longer raise throughput there
+    "enforce_eager": True,  # compiling takes minutes there and wins little
+    # a share of the machine's memory there; the default, 0.92, refuses to start beside other programs
+    "gpu_memory_utilization": 0.4,
+}
 
 # Engine arguments that change what is captured or how rows are laid out, and were not tested.
 _UNTESTED = {
@@ -37,15 +41,7 @@ class VllmEngine:
     """An LLMEngine whose worker has the taps, driven step by step. See Engine for the interface."""
 
     def __init__(self, request: Request) -> None:
-        # stdout is data: vLLM logs there unless told otherwise, and at length
-        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        try:
-            import vllm
-        except ImportError as error:
-            raise CaptureError(
-                f"vLLM cannot be imported ({error}): install `hiddenlake[vllm]`, or use --engine transformers"
-            ) from error
+        vllm = _import_vllm()
         _refuse_untested(vllm.__version__, request.options)
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -84,13 +80,9 @@ class VllmEngine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         request = self._request
-        options = {"max_num_seqs": _CPU_SEQUENCES if cpu else 256, **request.options}
+        # off a CPU, vLLM compiles and captures graphs as shipped
+        options = (_CPU_OPTIONS if cpu else {"max_num_seqs": 256}) | request.options
         options["max_num_seqs"] = min(options["max_num_seqs"], self._in_flight_limit)
-        # Compiling takes minutes on a CPU and wins little; elsewhere vLLM compiles and captures graphs as shipped.
-        options.setdefault("enforce_eager", cpu)
-        if cpu:
-            # a share of the machine's memory there; the default, 0.92, refuses to start beside other programs
-            options.setdefault("gpu_memory_utilization", 0.4)
         arguments = EngineArgs(
             model=request.model.path,
             dtype=request.model.dtype,
@@ -212,6 +204,51 @@ class VllmEngine:
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
+
+
+def _import_vllm() -> Any:
+    # stdout is data: vLLM logs there unless told otherwise, and at length
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        import vllm
+    except ImportError as error:
+        raise CaptureError(
+            f"vLLM cannot be imported ({error}): install `hiddenlake[vllm]`, or use --engine transformers"
+        ) from error
+    return vllm
+
+
+class PlainVllm:
+    """vLLM as it is shipped, without taps: what capture is compared with."""
+
+    def __init__(self, request: Request) -> None:
+        _import_vllm()
+        from vllm import LLM, SamplingParams
+        from vllm.platforms import current_platform
+
+        options = dict(request.options)
+        if current_platform.is_cpu():
+            options = _CPU_OPTIONS | options
+        self._llm = LLM(
+            model=request.model.path,
+            dtype=request.model.dtype,
+            max_model_len=request.max_length,
+            **options,
+        )
+        self._sampling = SamplingParams(
+            temperature=0.0, max_tokens=request.max_new_tokens, stop_token_ids=list(request.model.end_ids)
+        )
+
+    def generate(self, prompts: Sequence[Prompt]) -> int:
+        """Generate an answer to each prompt. Returns the number of tokens generated."""
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(p.token_ids)} for p in prompts], self._sampling, use_tqdm=False
+        )
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
 
 
 def _engine_from_config(engine_class: Any, config: Any) -> Any:

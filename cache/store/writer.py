@@ -88,6 +88,7 @@ class Writer:
     committed : keys of all committed samples, of all writers, as of the last `reserve`. Not to be changed.
     published : samples that this writer committed.
     bytes_written : bytes of the files that this writer published.
+    provenance : kept with each commit; may be set again, e.g. once an engine has started.
     """
 
     def __init__(self, path: Path, root: Root, provenance: dict[str, Any]) -> None:
@@ -97,7 +98,7 @@ class Writer:
         self.committed: set[str] = set()
         self.published = 0
         self.bytes_written = 0
-        self._provenance = provenance
+        self.provenance = provenance
         self._lock = threading.RLock()
         self._commits: dict[int, Commit] = {}
         self._reserved: set[str] = set()
@@ -370,7 +371,7 @@ class Writer:
                 k,
                 self._claims.writer,
                 shard.fencing,
-                self._provenance,
+                self.provenance,
                 tuple(samples[slot].key if slot in samples else None for slot in every),
                 tuple((samples[s].index, samples[s].sample_index) if s in samples else None for s in every),
                 files,

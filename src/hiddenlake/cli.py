@@ -209,15 +209,17 @@ def probe_command(
     compat: Annotated[str | None, typer.Option(help="`llmsknow`: the paper's fit to the letter.")] = None,
 ) -> None:
     """Fit certified probes over all (layer, position) cells of one site."""
+    from dataclasses import asdict
+
+    from hiddenlake.cache.progress import counted
     from hiddenlake.cache.store.reader import open_capture
     from hiddenlake.probing.grid import best_cell, fit_grid, save_grid
-    from hiddenlake.probing.progress import cell_progress
 
     try:
         strengths = tuple(float(c) for c in C.split(","))
     except ValueError as error:
         raise BadInputError(f"--C {C!r} is not a list of numbers such as 0.01 or 0.001,0.01") from error
-    with cell_progress() as progress:
+    with counted(f"probing {site}") as progress:
         grid = fit_grid(
             open_capture(capture),
             site,
@@ -232,8 +234,7 @@ def probe_command(
             progress=progress,
         )
     save_grid(grid, out)
-    best = best_cell(grid)
-    print(json.dumps(best))
+    print(json.dumps(asdict(best_cell(grid))))
 
 
 @app.command("heatmap")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import hiddenlake
+from hiddenlake.cache.job import plan_job
 from hiddenlake.cache.positions import PAPER
 from hiddenlake.cache.sites import SITES as ALL_SITES
 
@@ -97,13 +98,6 @@ def test_answers_and_logprobs_are_the_models_own(capture, reference):
 
 def test_both_engines_give_the_same_keys(demo_model_folder, capture):
     """A key is known before the answer, and does not depend on the engine."""
-    from hiddenlake.cache.capture import make_prompts
-    from hiddenlake.cache.identity import Decoding, Identity
-    from hiddenlake.cache.model import load_model
-
-    model, task = load_model(demo_model_folder, "float32"), make_task(24)
-    identity = Identity(
-        model.name, model.weights, None, "float32", model.chat_template, task.name, task.rules, Decoding(16)
-    )
-    assert [p.key for p in make_prompts(model, identity, task)] == capture.keys
+    job = plan_job(demo_model_folder, make_task(24), sites=("mlp_out",), dtype="float32", max_new_tokens=16)
+    assert [p.key for p in job.prompts] == capture.keys
     assert set(SITES) | {"embed"} == set(ALL_SITES)

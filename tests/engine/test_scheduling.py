@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 
-from hiddenlake.cache.capture import make_prompts, start_engine
-from hiddenlake.cache.engines.base import Request
-from hiddenlake.cache.identity import Decoding, Identity
-from hiddenlake.cache.model import load_model
+from hiddenlake.cache.capture import start_engine
+from hiddenlake.cache.job import plan_job
 from hiddenlake.cache.positions import PAPER, resolve
-from hiddenlake.cache.store.layout import Coverage, Layout
+from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.shard import Shard, ShardBuffer
 from hiddenlake.cache.worker.plan import Placement
 
@@ -31,19 +29,13 @@ TOLERANCE = {"chunked_prefill": 1e-4, "preemption": 1e-3}
 @pytest.fixture(scope="module", params=CASES)
 def run(request, demo_model_folder):
     """(case, prompts, generations by key, shard views, worker's counts) of one engine run."""
-    model, task = load_model(demo_model_folder, "float32"), make_task(N)
-    identity = Identity(
-        model.name, model.weights, None, "float32", model.chat_template, task.name, task.rules, Decoding(24)
+    job = plan_job(
+        demo_model_folder, make_task(N), sites=SITES, dtype="float32", max_new_tokens=24, options=CASES[request.param]
     )
-    prompts = make_prompts(model, identity, task)
-    longest = max(len(p.token_ids) for p in prompts)
-    wanted = Request(
-        model, SITES, tuple(range(30)), PAPER, 24, longest + 24, 2 << 30, dict(CASES[request.param])
-    )
-    coverage = Coverage(SITES, tuple(range(30)), PAPER, dict.fromkeys((*SITES, "embed"), 576), "float32")
-    buffer = ShardBuffer(Layout(coverage, 16))
+    prompts = job.prompts
+    buffer = ShardBuffer(Layout(job.coverage, 16))
     shard = Shard(0, 0, buffer)
-    engine = start_engine("vllm", wanted, prompts[0].token_ids)
+    engine = start_engine("vllm", job.request, prompts[0].token_ids)
     try:
         done = {}
         for prompt in prompts:
