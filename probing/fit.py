@@ -124,7 +124,9 @@ def _with_cell_axes(activations: xr.DataArray) -> xr.DataArray:
         elif dim not in activations.coords:
             activations = activations.assign_coords({dim: np.arange(activations.sizes[dim])})
     if activations.ndim != 4:
-        raise ProbeError(f"activations have the dimensions {activations.dims}: expected layer, position, sample, hidden")
+        raise ProbeError(
+            f"activations have the dimensions {activations.dims}: expected layer, position, sample, hidden"
+        )
     return activations
 
 

@@ -39,7 +39,9 @@ def draw_heatmap(grid: xr.Dataset, path: str | Path, metric: str = "auc") -> Pat
     path = _picture(path)
     best = best_cell(grid)
     grid = at_one_C(grid)
-    there = sorted(str(v) for v in grid.data_vars if grid[v].dims == ("layer", "position") and grid[v].dtype.kind == "f")
+    there = sorted(
+        str(v) for v in grid.data_vars if grid[v].dims == ("layer", "position") and grid[v].dtype.kind == "f"
+    )
     if metric not in there:
         raise UnknownNameError(f"the grid has no metric {metric!r}: it has {', '.join(there)}")
     values = _in_column_order(grid[metric])
@@ -201,8 +203,8 @@ def _split(grid: xr.Dataset) -> str:
     attrs = grid.attrs
     if attrs.get("compat", "none") != "none":
         return (
-            f"Fitted as in the paper's code (compat {attrs['compat']}): one split of 80\u00a0% and 20\u00a0%, seed {attrs['seed']}; "
-            f"raw activations, C = 1, at most 100 iterations; {attrs['fallback']}."
+            f"Fitted as in the paper's code (compat {attrs['compat']}): one split of 80\u00a0% and 20\u00a0%, "
+            f"seed {attrs['seed']}; raw activations, C = 1, at most 100 iterations; {attrs['fallback']}."
         )
     return (
         f"{attrs['cv']}-fold cross-validation, groups: {attrs.get('groups', 'given')} ({attrs['n_groups']}); "

@@ -22,7 +22,8 @@ def read_reference(path: str | Path) -> xr.DataArray:
     except OSError as error:
         raise BadInputError(f"{path}: {error.strerror}: expected a CSV of layer x position AUCs") from error
     if not rows or rows[0][:1] != ["layer"] or len(rows[0]) < 2:
-        raise BadInputError(f"{path}, line 1: found {','.join(rows[0][:3]) if rows else 'nothing'!r}, expected layer,...")
+        found = ",".join(rows[0][:3]) if rows else "nothing"
+        raise BadInputError(f"{path}, line 1: found {found!r}, expected `layer` and then the positions")
     layers, values = [], []
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(rows[0]):

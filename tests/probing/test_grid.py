@@ -185,7 +185,7 @@ def test_a_published_grid_beside_ours(grid, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("", "line 1"), ("a,b\n", "expected layer"), ("layer,a\n0\n", "line 2: 1 fields, expected 2"),
+    [("", "line 1"), ("a,b\n", "found 'a,b', expected `layer`"), ("layer,a\n0\n", "line 2: 1 fields, expected 2"),
      ("layer,a\nx,0.5\n", "line 2: invalid literal")],
 )  # fmt: skip
 def test_a_csv_that_is_no_grid_is_named_by_its_line(tmp_path, text, sentence):

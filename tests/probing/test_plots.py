@@ -41,10 +41,19 @@ def test_the_picture_says_what_was_fitted(grid, tmp_path, figures):
     assert ax.get_title(loc="left") == "synthetic/model\nsynthetic · mlp_out"
     boxes = [p for p in ax.patches if isinstance(p, Rectangle) and not p.get_fill()]
     assert [box.get_xy() for box in boxes] == [(0.5, 0.5)]  # column 1, layer 1
-    assert sum(p.get_hatch() is not None for p in ax.patches) == 3  # -8 is never in an answer of at most 6 tokens
+    # -8 is never in an answer of at most 6 tokens.
+    assert sum(p.get_hatch() is not None for p in ax.patches) == 3
     caption = figures[0].texts[0].get_text().replace("\n", " ")
-    for words in ("layer 1, exact_answer_last", "5-fold", "groups: group (240)", "Token identity alone (embed)",
-                  "Shuffled labels: mean", "Certificate: every probe", "Hatched: 3 cells", "Best of 9 cells"):  # fmt: skip
+    for words in (
+        "layer 1, exact_answer_last",
+        "5-fold",
+        "groups: group (240)",
+        "Token identity alone (embed)",
+        "Shuffled labels: mean",
+        "Certificate: every probe",
+        "Hatched: 3 cells",
+        "Best of 9 cells",
+    ):
         assert words in caption
 
 
