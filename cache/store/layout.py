@@ -303,7 +303,7 @@ def encode_numbers(values: np.ndarray) -> bytes:
 
 
 def to_json_bytes(document: Any) -> bytes:
-    return json.dumps(document, ensure_ascii=False, indent=1).encode() + b"\n"
+    return json.dumps(document, ensure_ascii=False).encode() + b"\n"
 
 
 def sign(body: dict[str, Any]) -> dict[str, Any]:

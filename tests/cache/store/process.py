@@ -12,6 +12,8 @@ import numpy as np
 from hiddenlake.cache.positions import resolve
 from hiddenlake.cache.samples import Sample
 from hiddenlake.cache.store import Coverage, open_writer
+from hiddenlake.cache.store.layout import encode_strings
+from hiddenlake.cache.store.tables import encode_samples
 
 SITES = ("mlp_out", "resid_post")
 LAYERS = (0, 2, 5)
@@ -20,8 +22,8 @@ WIDTH = 24
 IDENTITY = {"model": {"name": "tiny", "revision": "abc"}, "task": "numbers", "seed": 0}
 
 
-def coverage(dtype="bfloat16"):
-    return Coverage(SITES, LAYERS, POSITIONS, dict.fromkeys(SITES, WIDTH), dtype)
+def coverage(dtype="bfloat16", sites=SITES):
+    return Coverage(sites, LAYERS, POSITIONS, dict.fromkeys(sites, WIDTH), dtype)
 
 
 def key(i):
@@ -54,8 +56,9 @@ def rows(i, dtype="bfloat16"):
 def add(writer, i):
     shard, slot = writer.slot()
     present = np.array(sample(i).token_index) >= 0
-    for site, bits in rows(i, writer.coverage.dtype).items():
-        shard.views[site][..., present, slot, :] = bits[..., present, :]
+    bits = rows(i, writer.coverage.dtype)
+    for site, view in shard.views.items():
+        view[..., present, slot, :] = bits[site][..., present, :]
     writer.add(shard, slot, sample(i))
 
 
@@ -64,11 +67,11 @@ def open_tiny(path, samples, shard_samples=4, dtype="bfloat16", **settings):
     return open_writer(path, planned=samples, shard_samples=shard_samples, **settings)
 
 
-def write(path, samples, shard_samples=4, dtype="bfloat16", seconds=0.0):
+def write(path, samples, shard_samples=4, dtype="bfloat16", seconds=0.0, sites=SITES):
     """Write what is missing of samples 0 to `samples`, in an order that is not the task's."""
     keys = [key(i) for i in range(samples)]
     number = {name: i for i, name in enumerate(keys)}
-    with open_tiny(path, samples, shard_samples, dtype) as writer:
+    with open_tiny(path, samples, shard_samples, coverage=coverage(dtype, sites)) as writer:
         while chosen := writer.reserve(keys, 5):
             for name in reversed(chosen):
                 add(writer, number[name])
@@ -77,9 +80,9 @@ def write(path, samples, shard_samples=4, dtype="bfloat16", seconds=0.0):
 
 
 if __name__ == "__main__":
-    # Imported before the start is announced: what is to be interrupted is writing.
-    import numcodecs  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-
+    # Everything is imported before the start is announced: what is to be interrupted is writing.
+    encode_strings([""])
+    encode_samples({0: sample(0)})
     print("ready", flush=True)
+    sys.stdin.readline()
     write(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), seconds=float((*sys.argv, "0")[4]))

@@ -12,18 +12,31 @@ from hiddenlake.cache.store import files, open_capture
 from hiddenlake.cache.store.verify import verify
 
 
-def start(process, path, samples, shard_samples, seconds=0.0):
-    """A writer process that has imported what it needs and is about to open the capture."""
+def start(process, path, samples, shard_samples, seconds=0.0, count=1):
+    """Writer processes that have imported what they need, and now open the capture at once."""
     command = [sys.executable, process, path, str(samples), str(shard_samples), str(seconds)]
-    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert writer.stdout.readline() == "ready\n"
-    return writer
+    writers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.close()
+    return writers
+
+
+def stop(writers):
+    for writer in writers:
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
 
 
 def test_three_processes_lose_nothing_and_duplicate_nothing(process, tmp_path, assert_holds):
     path = tmp_path / "lake" / "numbers"
-    writers = [start(process, path, 90, 4, seconds=0.002) for _ in range(3)]
+    writers = start(process, path, 90, 4, seconds=0.005, count=3)
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    stop(writers)
     capture = assert_holds(path, complete=90)
     assert len({commit.writer for commit in capture.commits}) == 3
     assert verify(path).ok
@@ -34,12 +47,13 @@ def test_killed_writers_lose_nothing_that_was_committed(process, tmp_path, tiny,
     path = tmp_path / "numbers"
     chance = random.Random(0)
     samples, committed = 1500, set()
-    for _ in range(20):
-        writer = start(process, path, samples, 4, seconds=0.0005)
-        time.sleep(chance.uniform(0.005, 0.35))
-        writer.kill()
-        writer.wait()
-        writer.stdout.close()
+    for _ in range(10):
+        # Two at a time, so that the one that lives meets what the dead one left.
+        writers = start(process, path, samples, 4, seconds=0.0005, count=2)
+        time.sleep(chance.uniform(0, 0.15))
+        stop(writers[:1])
+        time.sleep(chance.uniform(0, 0.1))
+        stop(writers[1:])
         if not path.exists():
             continue
         capture = assert_holds(path)
@@ -56,52 +70,50 @@ def test_killed_writers_lose_nothing_that_was_committed(process, tmp_path, tiny,
 
 
 class Disk:
-    """The os module, in which one call in a row of file operations fails."""
+    """The os module, of which some operations fail from the n-th on, or the n-th alone."""
 
-    OPERATIONS = ("open", "mkdir", "posix_fallocate", "write", "fsync", "rename", "link", "makedirs")
-
-    def __init__(self, fail_at, number, until=None):
-        self.fail_at, self.number, self.until, self.count = fail_at, number, until, 0
+    def __init__(self, operations, number, first, last=None):
+        self.operations, self.number, self.first, self.last = operations, number, first, last
+        self.count = 0
 
     def __getattr__(self, name):
         call = getattr(os, name)
-        if name not in self.OPERATIONS:
+        if name not in self.operations:
             return call
 
         def operation(*arguments, **settings):
             self.count += 1
-            if self.fail_at is not None and self.fail_at <= self.count and (self.until is None or self.count < self.until):
+            if self.first <= self.count <= (self.last or self.count):
                 raise OSError(self.number, os.strerror(self.number))
             return call(*arguments, **settings)
 
         return operation
 
 
-def count_operations(tiny, path, monkeypatch):
-    disk = Disk(None, 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "os", disk)
-        tiny.write(path, 5, shard_samples=3)
-    return disk.count
+FULL = ("open", "mkdir", "makedirs", "posix_fallocate", "write", "link")
+BROKEN = ("write", "fsync", "rename")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_fails_at_any_operation_loses_nothing(tiny, tmp_path, monkeypatch, number, assert_holds):
-    """ENOSPC lasts, EIO strikes once. The run says so, keeps what is committed, and resumes."""
-    operations = count_operations(tiny, tmp_path / "counted", monkeypatch)
-    assert operations > 100
-    for n in range(1, operations + 1):
-        path = tmp_path / str(n)
-        disk = Disk(n, number, n + 1 if number == errno.EIO else None)
+@pytest.mark.parametrize(("number", "kinds"), [(errno.ENOSPC, FULL), (errno.EIO, BROKEN)], ids=["full", "broken"])
+def test_a_disk_that_fails_at_any_operation_loses_nothing(tiny, tmp_path, monkeypatch, number, kinds, assert_holds):
+    """A full disk stays full, an I/O error strikes once. The run says so, keeps what is committed, and resumes."""
+
+    def write(path, disk=os):
         with monkeypatch.context() as patch:
             patch.setattr(files, "os", disk)
-            with pytest.raises(StoreError) as error:
-                tiny.write(path, 5, shard_samples=3)
-        assert ("disk is full" if number == errno.ENOSPC else "disk reported an error") in str(error.value)
+            tiny.write(path, 3, shard_samples=2, sites=("mlp_out",))
+
+    counting = Disk(kinds, number, sys.maxsize)
+    write(tmp_path / "counted", counting)
+    assert counting.count > 50
+    for n in range(1, counting.count + 1):
+        path = tmp_path / str(n)
+        with pytest.raises(StoreError, match="disk is full" if number == errno.ENOSPC else "disk reported an error"):
+            write(path, Disk(kinds, number, n, n if number == errno.EIO else None))
         if (path / "zarr.json").exists():
             assert_holds(path)
-        tiny.write(path, 5, shard_samples=3)
-        assert_holds(path, complete=5)
+        write(path)
+        assert_holds(path, complete=3)
         report = verify(path)
         assert report.ok, (n, report.problems)
         left = [name for folder, _, names in os.walk(path) for name in names if name.endswith(".partial")]
@@ -117,7 +129,7 @@ def test_a_full_disk_stops_the_writer_and_keeps_what_is_committed(tiny, tmp_path
     writer.flush()
     tiny.add(writer, 4)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "os", Disk(1, errno.ENOSPC))
+        patch.setattr(files, "os", Disk(FULL, errno.ENOSPC, 1))
         with pytest.raises(StoreError, match="the disk is full: free some space and run the same command again"):
             writer.flush()
     with pytest.raises(StoreError, match="disk is full"):
@@ -130,10 +142,7 @@ def test_a_full_disk_stops_the_writer_and_keeps_what_is_committed(tiny, tmp_path
 
 
 def test_a_failed_fsync_is_never_tried_again_on_the_same_file(tmp_path, monkeypatch):
-    class FailingFsync(Disk):
-        OPERATIONS = ("fsync",)
-
-    disk = FailingFsync(1, errno.EIO, 2)
+    disk = Disk(("fsync",), errno.EIO, 1, 1)
     monkeypatch.setattr(files, "os", disk)
     with pytest.raises(StoreError, match="disk reported an error"):
         files.write_atomic(tmp_path / "file", b"data")
@@ -145,20 +154,20 @@ def test_a_short_write_is_continued(tmp_path, monkeypatch):
         def __getattr__(self, name):
             return (lambda fd, data: os.write(fd, data[:7])) if name == "write" else getattr(os, name)
 
-    monkeypatch.setattr(files, "os", Short(None, 0))
+    monkeypatch.setattr(files, "os", Short((), 0, 0))
     files.write_atomic(tmp_path / "file", bytes(range(100)))
     assert (tmp_path / "file").read_bytes() == bytes(range(100))
 
 
 def test_readers_see_only_whole_shards_while_others_write(process, tmp_path, assert_holds):
     path = tmp_path / "numbers"
-    writer = start(process, path, 120, 4, seconds=0.002)
+    (writer,) = start(process, path, 120, 4, seconds=0.002)
     sizes = []
     while writer.poll() is None:
         if (path / "zarr.json").exists():
             capture = assert_holds(path)
             sizes.append(len(open_capture(path)))
             assert len(capture) % 4 == 0
-    writer.stdout.close()
+    stop([writer])
     assert writer.returncode == 0 and sizes == sorted(sizes)
     assert_holds(path, complete=120)
