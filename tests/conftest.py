@@ -13,6 +13,23 @@ def demo_model_folder() -> Path:
     return demo_model()
 
 
+@pytest.fixture(scope="session")
+def tiny_model(demo_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 3 layers x 128 with random weights, a context of 256 tokens, and the demo model's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, dtype="float32",
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo_model_folder).save_pretrained(folder)
+    return folder
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is marked `gpu`, with the reason, where there is no CUDA."""
     marked = [item for item in items if "gpu" in item.keywords]

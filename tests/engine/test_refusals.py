@@ -1,0 +1,118 @@
+"""Taps that cannot fire, or that fire for another row, make a run refuse: nothing is stored."""
+
+import pytest
+
+from .conftest import run_script
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+# Each sabotage runs in a process of its own, with the engine in that process, so that it can be reached.
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+SCRIPT = """
+import sys
+import hiddenlake
+from hiddenlake.cache.errors import CaptureError
+sys.path.insert(0, ".")
+from conftest import make_task
+model, out, options, sabotage = sys.argv[1:5]
+exec(sabotage)
+try:
+    hiddenlake.capture(model, make_task(4), out=out, sites=["mlp_out"], positions=["-1", "last_q"], dtype="float32",
+                       max_new_tokens=4, options=eval(options))
+except CaptureError as error:
+    print("REFUSED", error)
+print("SAMPLES", len(hiddenlake.open_capture(out)))
+"""
+
+SABOTAGES = {
+    "patched_out_tap": (
+        "from hiddenlake.cache.worker import taps; taps.gather_rows = lambda *a: None",
+        "5 of 5 taps left no values",
+    ),
+    "one_dead_tap": (
+        "from hiddenlake.cache.worker import taps; taps._HOOKS['mlp_out'] = lambda *a: None",
+        "3 of 5 taps left no values (first: mlp_out 0)",
+    ),
+    "no_taps_at_load": (
+        "from hiddenlake.cache.worker import plugin; plugin.register = lambda: None",
+        "no taps were installed when the model was loaded",
+    ),
+    "rows_off_by_one": (
+        "from hiddenlake.cache.worker import recorder as r; m = r.batch_rows\n"
+        "r.batch_rows = lambda *a: ((i, row, start + 1, n) for i, row, start, n in m(*a))",
+        "the log-probability",
+    ),
+    "residual_forgotten": (
+        "from hiddenlake.cache.worker import taps; g = taps.gather_rows\n"
+        "taps.gather_rows = lambda h, r, *a: g(h, None, *a)",
+        "the log-probability",
+    ),
+    "last_token_not_fed": (
+        "from hiddenlake.cache.worker import scheduler as s; s._LastTokenMixin._wants_last_token = lambda *a: False",
+        "the last token was not fed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_sabotaged_taps_refuse(name, tiny_model, tmp_path):
+    sabotage, sentence = SABOTAGES[name]
+    done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{}", sabotage, env=IN_PROCESS)
+    assert done.returncode == 0, done.stderr
+    assert "REFUSED the canary failed, so nothing is captured" in done.stdout
+    assert sentence in done.stdout
+    assert "SAMPLES 0" in done.stdout
+
+
+def test_the_same_script_captures_without_sabotage(tiny_model, tmp_path):
+    """Or the tests above would prove nothing."""
+    done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{}", "pass", env=IN_PROCESS)
+    assert done.returncode == 0, done.stderr
+    assert "REFUSED" not in done.stdout and "SAMPLES 4" in done.stdout
+
+
+def test_taps_installed_after_compile_refuse(tiny_model, tmp_path):
+    """A compiled graph that was traced without taps never calls them, and raises nothing."""
+    sabotage = """
+from hiddenlake.cache.worker import plugin
+plugin.register = lambda: None
+from hiddenlake.cache.engines.vllm import VllmEngine
+check = VllmEngine.check_canary
+def install_late(self, ids):
+    from hiddenlake.cache.worker.install import install_recorder
+    worker = self._engine.model_executor.driver_worker.worker
+    install_recorder(worker, self._engine.vllm_config.additional_config["hiddenlake"])
+    check(self, ids)
+VllmEngine.check_canary = install_late
+"""
+    done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{'enforce_eager': False}", sabotage, env=IN_PROCESS)
+    assert done.returncode == 0, done.stderr
+    assert "5 of 5 taps left no values" in done.stdout, done.stdout
+    assert "SAMPLES 0" in done.stdout
+
+
+def test_compiled_model_captures(tiny_model, tmp_path):
+    """Taps that are there before it is compiled survive it."""
+    done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{'enforce_eager': False}", "pass", env=IN_PROCESS)
+    assert done.returncode == 0, done.stderr
+    assert "REFUSED" not in done.stdout and "SAMPLES 4" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("{'tensor_parallel_size': 2}", "tensor_parallel_size=2 was not tested"),
+        ("{'enable_prefix_caching': True}", "enable_prefix_caching=True was not tested"),
+        ("{'enable_lora': True}", "enable_lora=True was not tested"),
+    ],
+)
+def test_untested_engine_arguments_refuse(options, sentence, tiny_model, tmp_path):
+    done = run_script(SCRIPT, tiny_model, tmp_path / "x", options, "pass", env=IN_PROCESS)
+    assert sentence in done.stdout, done.stderr
+    assert "SAMPLES 0" in done.stdout
+
+
+def test_untested_vllm_version_refuses(tiny_model, tmp_path):
+    done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{}", "import vllm; vllm.__version__ = '0.1'", env=IN_PROCESS)
+    assert "vLLM 0.1 was not tested" in done.stdout, done.stderr
