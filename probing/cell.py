@@ -103,8 +103,8 @@ def fit_cell(X: np.ndarray, rows: np.ndarray, design: Design) -> Cell:
     held = ~train[which_fold[fitted]].T
     measured = auroc(scores, problem.sign > 0, held)
 
-    def spread(values: np.ndarray, absent: float = np.nan) -> np.ndarray:
-        out = np.full(shape, absent, values.dtype if absent == absent else np.float64)
+    def spread(values: np.ndarray, absent: float | bool = np.nan) -> np.ndarray:
+        out = np.full(shape, absent, values.dtype)
         out.ravel()[fitted] = values
         return out
 

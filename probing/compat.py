@@ -25,6 +25,7 @@ from sklearn.model_selection import train_test_split
 
 from hiddenlake.cache.errors import ProbeError
 from hiddenlake.probing.cell import Cell, two_classes
+from hiddenlake.probing.cells import Cells
 from hiddenlake.probing.certificate import certify
 from hiddenlake.probing.metrics import auroc, delong_interval
 from hiddenlake.probing.result import assemble
@@ -52,7 +53,7 @@ def split_llmsknow(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_llmsknow(
-    activations: xr.DataArray,
+    cells: Cells,
     positive: np.ndarray,
     *,
     mask: np.ndarray | None = None,
@@ -62,7 +63,7 @@ def fit_llmsknow(
 ) -> xr.Dataset:
     """One probe a cell, fitted and scored as the paper does.
 
-    activations : (layer, position, sample, hidden) float32, all samples in task order.
+    cells : float32 activations of all samples, in task order.
     positive : (sample,) bool, True for a wrong answer: the paper's class 0.
     mask : (position, sample) bool, whether there is a token, in the answer or not.
     keep : (sample,) bool, the rows with a valid exact answer and at most 10,000 tokens. The split is
@@ -86,9 +87,8 @@ def fit_llmsknow(
     drawn = place >= 0
     used = drawn if keep is None else drawn & keep
     if mask is None:
-        finite = np.isfinite(activations.isel(layer=0)).all(activations.dims[-1])
-        mask = finite.transpose("position", "sample").values
-    mask, borrow = _last_token_instead(activations.position.values.tolist(), mask, used)
+        mask = np.stack([np.isfinite(cells.read(0, p)).all(axis=1) for p in range(len(cells.positions))])
+    mask, borrow = _last_token_instead(cells.positions.tolist(), mask, used)
 
     def fit(X: np.ndarray, rows: np.ndarray) -> tuple[Cell, dict[str, float]]:
         order = np.argsort(place[rows])
@@ -98,12 +98,12 @@ def fit_llmsknow(
     with warnings.catch_warnings():
         # Said by the certificate instead, in every cell.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        cells = sweep(activations, mask, used, fit, borrow=borrow, progress=progress)
+        fitted = sweep(cells, mask, used, fit, borrow=borrow, progress=progress)
     C = np.array([1.0])
-    result = assemble(activations, {at: cell for at, (cell, _) in cells.items()}, C=C, n_folds=1, n_shuffles=0)
+    result = assemble(cells, {at: cell for at, (cell, _) in fitted.items()}, C=C, n_folds=1, n_shuffles=0)
     for name in (*_METRICS, *_COUNTS):
         values = np.full(result.n.shape, np.nan)
-        for at, (_, extra) in cells.items():
+        for at, (_, extra) in fitted.items():
             values[at] = extra[name]
         if name in _COUNTS:
             result[name] = ("layer", "position"), values.astype(np.int32)

@@ -7,6 +7,7 @@ import xarray as xr
 
 from hiddenlake.cache.errors import ProbeError, UnknownNameError
 from hiddenlake.probing.cell import Cell, Design, fit_cell
+from hiddenlake.probing.cells import Cells
 from hiddenlake.probing.compat import fit_llmsknow
 from hiddenlake.probing.controls import shuffle_labels
 from hiddenlake.probing.result import assemble
@@ -53,22 +54,24 @@ def fit_probes(
 
     Returns a Dataset. Over (layer, position, C): auc, the mean of the folds' AUCs, with its 95 %
     interval auc_lo, auc_hi (DeLong; bootstrap of whole groups where groups repeat), shuffled_auc,
-    objective (mean over folds), gap_bound, relative_gap (gap_bound / objective), n_iter (the largest over
-    folds and label sets) and converged (all of them). Over (layer, position, C, fold, label_set): fold_auc,
+    objective (mean over folds), gap_bound, relative_gap (gap_bound / objective) and n_iter (each the largest
+    over folds and label sets) and converged (all of them). Over (layer, position, C, fold, label_set): fold_auc,
     fold_objective, fold_gap_bound, fold_n_iter, fold_converged. Over (layer, position): n, n_positive,
     n_negative and reason. A cell with too few samples is NaN, and `reason` says why.
 
     Raises ProbeError when the samples cannot be split at all, UnknownNameError for an unknown `compat`.
     """
-    activations = _with_cell_axes(activations)
-    n = activations.sizes["sample"]
+    cells = Cells(activations)
+    n = cells.n_samples
     positive = _one_per_sample(y, n, "y").astype(bool)
     kept = np.ones(n, bool) if keep is None else _one_per_sample(keep, n, "keep").astype(bool)
-    mask = _mask(mask, activations)
+    mask = _mask(mask, cells)
     if compat is not None:
         if compat != "llmsknow":
             raise UnknownNameError(f"unknown compat {compat!r}: expected `llmsknow` or None")
-        return fit_llmsknow(activations, positive, mask=mask, keep=kept, seed=seed, progress=progress)
+        return fit_llmsknow(cells, positive, mask=mask, keep=kept, seed=seed, progress=progress)
+    if shuffles < 0:
+        raise ProbeError(f"shuffles is {shuffles}: expected 0 or more")
     names = np.arange(n) if index is None else _one_per_sample(index, n, "index")
     if len(set(names.tolist())) < n:
         raise ProbeError(
@@ -94,8 +97,8 @@ def fit_probes(
     def fit(X: np.ndarray, rows: np.ndarray) -> Cell:
         return fit_cell(X, rows, design)
 
-    cells = sweep(activations, mask, kept, fit, progress=progress)
-    result = assemble(activations, cells, C=design.C, n_folds=cv, n_shuffles=shuffles)
+    fitted = sweep(cells, mask, kept, fit, progress=progress)
+    result = assemble(cells, fitted, C=design.C, n_folds=cv, n_shuffles=shuffles)
     result.attrs = {
         "cv": cv,
         "C": design.C.tolist(),
@@ -112,24 +115,6 @@ def fit_probes(
     return result
 
 
-def _with_cell_axes(activations: xr.DataArray) -> xr.DataArray:
-    if "sample" not in activations.dims:
-        raise ProbeError(f"activations have the dimensions {activations.dims}: expected one named `sample`")
-    for dim, name in (("position", ""), ("layer", -1)):
-        if dim not in activations.dims:
-            known = activations.coords.get(dim)
-            activations = activations.drop_vars(dim, errors="ignore").expand_dims(
-                {dim: [name if known is None else known.item()]}
-            )
-        elif dim not in activations.coords:
-            activations = activations.assign_coords({dim: np.arange(activations.sizes[dim])})
-    if activations.ndim != 4:
-        raise ProbeError(
-            f"activations have the dimensions {activations.dims}: expected layer, position, sample, hidden"
-        )
-    return activations
-
-
 def _one_per_sample(values: Sequence | np.ndarray, n: int, name: str) -> np.ndarray:
     values = np.asarray(values)
     if values.shape != (n,):
@@ -137,13 +122,13 @@ def _one_per_sample(values: Sequence | np.ndarray, n: int, name: str) -> np.ndar
     return values
 
 
-def _mask(mask: xr.DataArray | np.ndarray | None, activations: xr.DataArray) -> np.ndarray | None:
+def _mask(mask: xr.DataArray | np.ndarray | None, cells: Cells) -> np.ndarray | None:
     if mask is None:
         return None
     if isinstance(mask, xr.DataArray) and mask.ndim == 2:
         mask = mask.transpose("position", "sample")
     values = np.asarray(mask, bool)
-    expected = (activations.sizes["position"], activations.sizes["sample"])
+    expected = (len(cells.positions), cells.n_samples)
     if values.ndim == 1:
         values = np.broadcast_to(values, expected)
     if values.shape != expected:

@@ -169,13 +169,14 @@ def _facts(grid: xr.Dataset, best: BestCell, values: xr.DataArray, metric: str) 
     fitted = grid.auc.notnull()
     here = grid.sel(layer=best.layer, position=best.position)
     negative, positive = ("correct", "wrong") if "n_wrong" in grid else ("negative", "positive")
+    scored = f"{int(here.n_validation)} validation samples" if "n_validation" in grid else f"n {int(here.n)}"
     words = [
         f"Label: {attrs.get('label', 'given')}; AUC of finding the {positive} samples. "
         f"n {_range(grid.n.where(fitted))} a cell ({negative} {_range(grid[f'n_{negative}'].where(fitted))}, "
         f"{positive} {_range(grid[f'n_{positive}'].where(fitted))}).",
         _split(grid),
         f"Best of {int(fitted.sum())} cells, and so biased upwards: layer {best.layer}, {best.position}, AUC "
-        f"{best.auc:.3f} (95\u00a0% {best.auc_lo:.3f} to {best.auc_hi:.3f}, n {int(here.n)}).",
+        f"{best.auc:.3f} (95\u00a0% {best.auc_lo:.3f} to {best.auc_hi:.3f}, {scored}).",
     ]
     if "cross_selected_auc" in attrs:
         words.append(f"Chosen on the other folds: {attrs['cross_selected_auc']:.3f}.")

@@ -4,22 +4,23 @@ import numpy as np
 import xarray as xr
 
 from hiddenlake.probing.cell import Cell
+from hiddenlake.probing.cells import Cells
 
 _PER_FOLD = ("fold_auc", "fold_objective", "fold_gap_bound", "fold_n_iter", "fold_converged")
 _PER_CELL = ("auc", "auc_lo", "auc_hi", "shuffled_auc")
 
 
 def assemble(
-    activations: xr.DataArray, cells: dict[tuple[int, int], Cell], *, C: np.ndarray, n_folds: int, n_shuffles: int
+    cells: Cells, fitted: dict[tuple[int, int], Cell], *, C: np.ndarray, n_folds: int, n_shuffles: int
 ) -> xr.Dataset:
-    """The Dataset that fit_probes describes, from cells by (layer number, position number).
+    """The Dataset that fit_probes describes, from what was fitted by (layer number, position number).
 
     Cells without probes are NaN (n_iter -1, converged False) and have a `reason`.
     """
     dims = ("layer", "position", "C", "fold", "label_set")
     coords = {
-        "layer": activations.layer.values,
-        "position": activations.position.values,
+        "layer": cells.layers,
+        "position": cells.positions,
         "C": C,
         "fold": np.arange(n_folds),
         "label_set": ["label", *(f"shuffled_{r}" for r in range(n_shuffles))],
@@ -30,7 +31,7 @@ def assemble(
     data |= {name: np.full(sizes[:3], np.nan) for name in _PER_CELL}
     counts = {name: np.zeros(sizes[:2], np.int32) for name in ("n_positive", "n_negative")}
     reason = np.full(sizes[:2], "", object)
-    for at, cell in cells.items():
+    for at, cell in fitted.items():
         counts["n_positive"][at], counts["n_negative"][at], reason[at] = cell.n_positive, cell.n_negative, cell.reason
         if not cell.reason:
             for name in (*_PER_FOLD, *_PER_CELL):

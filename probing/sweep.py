@@ -6,17 +6,17 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import numpy as np
-import xarray as xr
 from threadpoolctl import threadpool_limits
 
 from hiddenlake.cache.errors import ProbeError
+from hiddenlake.probing.cells import Cells
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
 
 
 def sweep(
-    activations: xr.DataArray,
+    cells: Cells,
     mask: np.ndarray | None,
     kept: np.ndarray,
     fit: Callable[[np.ndarray, np.ndarray], Result],
@@ -26,37 +26,34 @@ def sweep(
 ) -> dict[tuple[int, int], Result]:
     """Read and fit every cell, on as many threads as there are cores, BLAS on one thread each.
 
-    activations : (layer, position, sample, hidden), with both coordinates.
     mask : (position, sample) bool, or None for whatever is finite.  kept : (sample,) bool.
     fit : called with X (n, hidden) and rows (n,) int, the samples that X holds.
-
     borrow : for a position's number, another position's and the samples, (sample,) bool, that take their
         activations from there. The mask counts them already.
 
     Returns the results by (layer number, position number). Ctrl-C ends after the cells in work.
     """
-    activations = activations.transpose("layer", "position", "sample", ...)
 
     def work(layer: int, position: int) -> Result:
         rows = kept if mask is None else kept & mask[position]
-        X = activations[layer, position].values if rows.any() else np.empty((len(rows), 1), np.float32)
+        X = cells.read(layer, position) if rows.any() else np.empty((len(rows), 1), np.float32)
         if borrow and position in borrow and rows.any():
             other, borrowed = borrow[position]
             X = X.copy()
-            X[borrowed] = activations[layer, other].values[borrowed]
+            X[borrowed] = cells.read(layer, other)[borrowed]
         if mask is None:
             rows = rows & np.isfinite(X).all(axis=1)
         elif not np.isfinite(X[rows]).all():
             raise ProbeError(
-                f"layer {activations.layer.values[layer]}, position {activations.position.values[position]}: "
+                f"layer {cells.layers[layer]}, position {cells.positions[position]}: "
                 f"activations are NaN or infinite where `mask` says that there is a token"
             )
         chosen = np.flatnonzero(rows)
         return fit(X[chosen], chosen)
 
-    cells = [(layer, position) for layer in range(activations.shape[0]) for position in range(activations.shape[1])]
+    every = list(np.ndindex(cells.shape))
     results: dict[tuple[int, int], Result] = {}
-    waiting = list(reversed(cells))
+    waiting = every[::-1]
     # Threads of BLAS below threads over cells would fight for the same cores.
     with threadpool_limits(1), ThreadPoolExecutor(n_threads()) as pool:
         running = {}
@@ -69,7 +66,7 @@ def sweep(
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     results[running.pop(future)] = future.result()
                     if progress is not None:
-                        progress(len(results), len(cells))
+                        progress(len(results), len(every))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

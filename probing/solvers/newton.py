@@ -120,8 +120,24 @@ def _cg(
     return step, step_scores
 
 
-def _line_search(coef, scores, step, step_scores, objective, slope, at, sign, weight):
-    """Halve each column's step until its objective falls enough. A column without progress stays where it is."""
+def _line_search(
+    coef: np.ndarray,
+    scores: np.ndarray,
+    step: np.ndarray,
+    step_scores: np.ndarray,
+    objective: np.ndarray,
+    slope: np.ndarray,
+    at: Losses,
+    sign: np.ndarray,
+    weight: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, Losses, np.ndarray]:
+    """Halve each column's step until its objective falls enough (Armijo).
+
+    coef, step : (d, k).  scores, step_scores : (n, k).  objective, slope : (k,) value and directional derivative.
+
+    Returns coef, scores and losses where each column has gone, and (k,) bool, whether it has: a column
+    without progress stays where it is.
+    """
     length = np.ones_like(objective)
     while True:
         moved_coef, moved_scores = coef + length * step, scores + length * step_scores

@@ -8,6 +8,8 @@ import xarray as xr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
+from xarray.backends import BackendArray
+from xarray.core import indexing
 
 from hiddenlake.cache.errors import ProbeError, UnknownNameError
 from hiddenlake.probing.fit import fit_probes
@@ -155,11 +157,33 @@ def test_shuffles_may_be_none_and_their_cells_stay_near_one_half():
     assert float(many.auc.sel(layer=3, position="-1").squeeze()) > 0.7
 
 
-def test_cells_are_read_one_at_a_time_and_reported():
+class Counting(BackendArray):
+    """A lazy array that notes what is read."""
+
+    def __init__(self, values):
+        self.values, self.shape, self.dtype, self.reads = values, values.shape, values.dtype, []
+
+    def __getitem__(self, key):
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key):
+        self.reads.append(self.values[key].size)
+        return self.values[key]
+
+
+@pytest.mark.parametrize("compat", [None, "llmsknow"])
+@pytest.mark.parametrize("layered", [True, False], ids=["layers", "no layers"])
+def test_cells_are_read_one_at_a_time_and_reported(compat, layered):
     A, y = activations()
+    values = A if layered else A.isel(layer=0, drop=True)
+    backend = Counting(values.values)
+    lazy = xr.DataArray(xr.Variable(values.dims, indexing.LazilyIndexedArray(backend)), values.coords)
     seen = []
-    fit_probes(A, y, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    mask = np.ones((2, 150), bool)
+    fit_probes(lazy, y, mask=mask, compat=compat, progress=lambda done, total: seen.append((done, total)))
+    n_cells = 4 if layered else 2
+    assert seen == [(i, n_cells) for i in range(1, n_cells + 1)]
+    assert backend.reads == [150 * 6] * n_cells
 
 
 def test_interruption_ends_the_sweep():
@@ -182,6 +206,7 @@ def test_interruption_ends_the_sweep():
         ({"solver": "liblinear"}, ProbeError, "unknown solver 'liblinear': expected one of auto, newton, sklearn"),
         ({"scale": "minmax"}, ProbeError, "unknown scale 'minmax'"),
         ({"compat": "probekit"}, UnknownNameError, "unknown compat 'probekit': expected `llmsknow` or None"),
+        ({"shuffles": -1}, ProbeError, "shuffles is -1: expected 0 or more"),
         ({"cv": 200}, ProbeError, "150 groups cannot fill 200 folds"),
         ({"index": np.zeros(150)}, ProbeError, "index names 1 of 150 samples"),
         ({"groups": ["a"]}, ProbeError, r"groups has the shape \(1,\)"),
