@@ -26,16 +26,18 @@ def _view(file: ShardFile, image: Any) -> np.ndarray:
 
 
 class ShardBuffer:
-    """Memory for one shard of every site, reused for shard after shard.
+    """Memory for one shard of every site, reused for shard after shard: a slot is cleared before it is handed out.
 
     images : site -> the file's bytes.  views : site -> (layer, position, sample, width) of bits, or
     (position, sample, width) for `embed`; uint16 for bfloat16, else float32.
+    checksums : site -> crc32c of each row, uint32 (layer, position, sample) or (position, sample).
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.images: dict[str, mmap.mmap] = {}
         self.views: dict[str, np.ndarray] = {}
+        self.checksums: dict[str, np.ndarray] = {}
         self.descriptors: dict[str, int] = {}
         for site, file in layout.files.items():
             # A memfd has no name to leak and is mapped by other processes through /proc.
@@ -49,34 +51,39 @@ class ShardBuffer:
             image[file.index_offset :] = file.index
             self.images[site] = image
             self.views[site] = _view(file, image)
-        self.clear()
+            self.checksums[site] = np.empty(file.shape[:-1], "<u4")
 
-    def clear(self, slot: int | None = None) -> None:
-        """Fill a slot, or all of them, with NaN: what absent cells and free slots hold."""
+    def clear(self, slot: int) -> None:
+        """Fill a slot with NaN: what absent cells and free slots hold, and what betrays a row that nobody wrote."""
         nan = DTYPES[self.layout.coverage.dtype][2]
-        for view in self.views.values():
-            view[..., slice(None) if slot is None else slot, :] = nan
+        for site, view in self.views.items():
+            view[..., slot, :] = nan
+            self.checksums[site][..., slot] = crc32c(np.full(view.shape[-1], nan, view.dtype))
 
-    def seal(self) -> dict[str, tuple[np.ndarray, int]]:
-        """Put each chunk's crc32c into the images.
+    def rows(self, slot: int) -> dict[str, np.ndarray]:
+        """A copy of one sample's rows: site -> bits, (layer, position, width) or (position, width)."""
+        return {site: np.ascontiguousarray(view[..., slot, :]) for site, view in self.views.items()}
 
-        Returns site -> (crc32c of each row, uint32 (layer, position, sample) or (position, sample);
-        crc32c of the whole file).
-        """
+    def finish(self, slot: int, rows: dict[str, np.ndarray]) -> None:
+        """Keep the checksums of a sample's rows, which do not change from here on."""
+        for site, bits in rows.items():
+            row = np.dtype((np.void, self.layout.files[site].row_bytes))
+            checksums = list(map(google_crc32c.value, bits.reshape(-1).view(row).tolist()))
+            self.checksums[site][..., slot] = np.reshape(checksums, bits.shape[:-1])
+
+    def seal(self) -> dict[str, int]:
+        """Put each chunk's crc32c into the images. Returns site -> crc32c of the whole file."""
         sealed = {}
         for site, file in self.layout.files.items():
             image = np.frombuffer(self.images[site], np.uint8)
-            rows = np.empty((file.chunks, file.samples), "<u4")
-            row = np.dtype((np.void, file.row_bytes))
             whole = 0
             for chunk in range(file.chunks):
-                # Three checksums of a chunk in turn, while it lies in the CPU's cache.
+                # Both checksums in turn, while the chunk lies in the CPU's cache.
                 page = image[chunk * file.pitch : (chunk + 1) * file.pitch]
-                data = page[: file.chunk_bytes]
-                rows[chunk] = list(map(google_crc32c.value, data.view(row).tolist()))
-                page[file.chunk_bytes : file.chunk_bytes + 4] = list(crc32c(data).to_bytes(4, "little"))
-                whole = crc32c(page, whole)
-            sealed[site] = rows.reshape(*file.outer, file.samples), crc32c(file.index, whole)
+                checksum = google_crc32c.value(page[: file.chunk_bytes])
+                page[file.chunk_bytes : file.chunk_bytes + 4] = list(checksum.to_bytes(4, "little"))
+                whole = google_crc32c.extend(whole, page)
+            sealed[site] = google_crc32c.extend(whole, file.index)
         return sealed
 
     def close(self) -> None:

@@ -175,6 +175,7 @@ class Writer:
                 if filling is not None:
                     slot = heapq.heappop(filling.free)
                     filling.handed_out.add(slot)
+                    filling.shard.buffer.clear(slot)
                     return filling.shard, slot
                 publishing = list(self._publishing)
             if not publishing:
@@ -205,7 +206,10 @@ class Writer:
                 raise StoreError(f"sample {sample.key} was not reserved by this writer: call `reserve` first")
             if sample.key in self._added or sample.key in self.committed:
                 raise StoreError(f"sample {sample.key} was added before: a key is stored once")
-        self._check_cells(shard, slot, sample)
+        # Here and not when the shard is published: here it overlaps with the writing of the shard before.
+        rows = shard.buffer.rows(slot)
+        self._check_cells(rows, sample)
+        shard.buffer.finish(slot, rows)
         with self._lock:
             if sample.key in self._added:
                 raise StoreError(f"sample {sample.key} was added before: a key is stored once")
@@ -220,7 +224,6 @@ class Writer:
         """Give a slot back unused. Whatever was written into it is forgotten."""
         with self._lock:
             filling = self._filling_of(shard, slot)
-            shard.buffer.clear(slot)
             filling.handed_out.remove(slot)
             heapq.heappush(filling.free, slot)
 
@@ -317,16 +320,15 @@ class Writer:
         for name, data in grown.files().items():
             write_atomic(self.path / name, data)
 
-    def _check_cells(self, shard: Shard, slot: int, sample: Sample) -> None:
+    def _check_cells(self, rows: dict[str, np.ndarray], sample: Sample) -> None:
         present = np.asarray(sample.token_index) != ABSENT
-        for site, view in shard.views.items():
-            rows = view[..., slot, :]
-            if rows.dtype == np.uint16:
+        for site, bits in rows.items():
+            if bits.dtype == np.uint16:
                 # bfloat16 has the exponent of float32: all ones means infinite or NaN.
-                bad = (rows & np.uint16(0x7F80)) == 0x7F80
-                nan = bad & ((rows & np.uint16(0x007F)) != 0) if not present.all() else bad
+                bad = (bits & np.uint16(0x7F80)) == 0x7F80
+                nan = bad & ((bits & np.uint16(0x007F)) != 0) if not present.all() else bad
             else:
-                bad, nan = ~np.isfinite(rows), np.isnan(rows)
+                bad, nan = ~np.isfinite(bits), np.isnan(bits)
             wrong = np.where(present, bad.any(-1), ~nan.all(-1))
             if wrong.any():
                 cell = [int(axis[0]) for axis in np.nonzero(wrong)]
@@ -353,14 +355,16 @@ class Writer:
                     f"{self.path}: the claim on shard {k} is no longer ours: these samples were not stored; "
                     f"run the same command again"
                 )
+            for slot in set(range(self.layout.samples)) - samples.keys():
+                shard.buffer.clear(slot)
             files = {}
-            for site, (rows, whole) in shard.buffer.seal().items():
+            for site, whole in shard.buffer.seal().items():
                 name = self.layout.data_file(site, k)
                 image = shard.buffer.images[site]
                 write_atomic(self.path / name, image, preallocate=True)
                 files[name] = FileRecord(len(image), whole)
                 name = self.layout.row_crc_file(site, k)
-                data = encode_numbers(rows)
+                data = encode_numbers(shard.buffer.checksums[site])
                 write_atomic(self.path / name, data)
                 files[name] = FileRecord(len(data), crc32c(data))
             data = encode_samples(samples)
@@ -393,7 +397,6 @@ class Writer:
             )
             for name, data in derived.items():
                 write_atomic(self.path / name, data)
-            shard.buffer.clear()
             with self._lock:
                 self._idle.append(shard.buffer)
         except BaseException as error:
