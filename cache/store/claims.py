@@ -13,7 +13,15 @@ from pathlib import Path
 
 from hiddenlake.cache.errors import CorruptError, StoreError
 from hiddenlake.cache.store.commits import list_commits
-from hiddenlake.cache.store.files import FileLock, create_exclusive, final_name, is_locked, remove, storing, write_atomic
+from hiddenlake.cache.store.files import (
+    FileLock,
+    create_exclusive,
+    final_name,
+    is_locked,
+    remove,
+    storing,
+    write_atomic,
+)
 from hiddenlake.cache.store.layout import Layout, to_json_bytes
 
 LOCK = "writers/lock"

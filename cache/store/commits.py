@@ -60,8 +60,8 @@ class Commit:
         found = read_commit(path, self.shard)
         if (found.writer, found.fencing) != (self.writer, self.fencing):
             raise StoreError(
-                f"{path / _name(self.shard)}: shard {self.shard} was already committed by writer {found.writer}, not by "
-                f"{self.writer}: these samples were not stored; run the same command again"
+                f"{path / _name(self.shard)}: shard {self.shard} was already committed by writer {found.writer}, "
+                f"not by {self.writer}: these samples were not stored; run the same command again"
             )
 
 

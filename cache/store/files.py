@@ -7,6 +7,7 @@ and never fsynced a second time.
 
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -193,7 +194,7 @@ def create_folder(path: Path, files: dict[str, bytes], folders: Iterable[str], l
 
 def _sweep_folders(path: Path, lock: str) -> None:
     """Remove what processes left that died while they created `path`."""
-    for left in path.parent.glob(f".{path.name}.*.creating"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):
         with suppress(FileNotFoundError):
             # Making the folder and locking it are two steps, so the newest are left alone.
             old = time.time() - os.stat(left).st_mtime > _CREATING_SECONDS

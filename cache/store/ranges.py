@@ -208,7 +208,8 @@ def _preadv(read: ShardRead, descriptor: int, buffers: list[np.ndarray], offset:
         ) from error
     if got < wanted:
         raise CorruptError(
-            f"{read.file}: it ends at byte {offset + got}, but {wanted} bytes from {offset} were committed: {_remedy(read)}"
+            f"{read.file}: it ends at byte {offset + got}, but {wanted} bytes from {offset} were committed: "
+            f"{_remedy(read)}"
         )
 
 

@@ -88,7 +88,7 @@ def widen(bits: np.ndarray) -> np.ndarray:
 
 
 class Capture:
-    """One capture, open for reading; made by `open_capture`. It shows what was committed when it was opened or refreshed.
+    """One capture, open for reading; made by `open_capture`. It shows what was committed when opened or refreshed.
 
     May be used from several threads. Importing this needs neither torch nor zarr.
     """

@@ -105,7 +105,7 @@ class Shard:
 
     @property
     def views(self) -> dict[str, np.ndarray]:
-        """site -> bits, (layer, position, sample, width) or (position, sample, width): write rows into [..., slot, :]."""
+        """site -> bits, (layer, position, sample, width) or (position, sample, width). Write to [..., slot, :]."""
         return self.buffer.views
 
     @property

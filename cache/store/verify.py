@@ -20,7 +20,7 @@ from hiddenlake.cache.store.claims import LOCK
 from hiddenlake.cache.store.commits import Commit, list_commits, read_checked, read_commit
 from hiddenlake.cache.store.derived import derived_chunks, differs
 from hiddenlake.cache.store.files import FileLock, crc32c, write_atomic
-from hiddenlake.cache.store.layout import Layout, to_json_bytes
+from hiddenlake.cache.store.layout import Layout, ShardFile, to_json_bytes
 from hiddenlake.cache.store.root import FILE, Root, read_root
 from hiddenlake.cache.store.tables import decode, sample_schema
 
@@ -65,9 +65,10 @@ class Report:
 
 
 def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> Report:
-    """Check a whole capture: sizes, checksums, indexes, row checksums, Parquet, token ids, finiteness, keys, derived arrays.
+    """Check a whole capture: sizes, checksums, indexes, rows, Parquet, token ids, finiteness, keys, derived arrays.
 
     progress : called with (shards checked, shards in all).
+    Run it while nobody writes: between a commit and its derived arrays, these are reported as missing.
 
     The report is kept as verify.json in the capture, where that can be written. Raises StoreError where
     there is no capture; damage is reported, not raised.
@@ -235,7 +236,13 @@ def _check_data(path: Path, layout: Layout, commit: Commit, site: str, tokens: n
 
 
 def _check_chunk(
-    name: str, file: Any, chunk: int, page: np.ndarray, rows: np.ndarray | None, layout: Layout, tokens: np.ndarray | None
+    name: str,
+    file: ShardFile,
+    chunk: int,
+    page: np.ndarray,
+    rows: np.ndarray | None,
+    layout: Layout,
+    tokens: np.ndarray | None,
 ) -> Iterator[Problem]:
     data, offset = page[: file.chunk_bytes], chunk * file.pitch
     stored = int.from_bytes(page[file.chunk_bytes : file.chunk_bytes + 4].tobytes(), "little")

@@ -110,7 +110,8 @@ def _sequences(column: "pyarrow.ChunkedArray") -> list[np.ndarray]:
     return [
         values
         for chunk in column.chunks
-        for values in np.split(chunk.flatten().to_numpy(), np.cumsum(chunk.value_lengths().to_numpy())[:-1])[: len(chunk)]
+        if len(chunk)
+        for values in np.split(chunk.flatten().to_numpy(), np.cumsum(chunk.value_lengths().to_numpy())[:-1])
     ]
 
 

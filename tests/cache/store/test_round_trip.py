@@ -41,7 +41,7 @@ def test_samples_are_in_task_order(capture, tiny):
     table = capture.samples()
     for row, i in zip(table.to_pylist(), range(SAMPLES), strict=True):
         sample = tiny.sample(i)
-        for name in ("key", "index", "sample_index", "group", "prompt", "answer", "correct", "exact_answer", "checksum"):
+        for name in ("key", "index", "sample_index", "group", "prompt", "answer", "correct", "checksum", "status"):
             assert row[name] == getattr(sample, name)
         assert tuple(row["token_ids"]) == sample.token_ids and tuple(row["logprobs"]) == sample.logprobs
 

@@ -236,7 +236,8 @@ def test_many_failures_are_written_seldom(tiny, tmp_path, monkeypatch):
 def test_the_shard_is_filled_by_another_process(tiny, tmp_path, assert_holds):
     script = (
         "import importlib.util, json, sys; import numpy as np; from hiddenlake.cache.store import attach\n"
-        "spec = importlib.util.spec_from_file_location('tiny', sys.argv[1]); tiny = importlib.util.module_from_spec(spec)\n"
+        "spec = importlib.util.spec_from_file_location('tiny', sys.argv[1])\n"
+        "tiny = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(tiny)\n"
         "for line in sys.stdin:\n"
         "    handle, slot, i = json.loads(line); views = attach(handle)\n"
