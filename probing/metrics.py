@@ -116,15 +116,16 @@ def _bootstrap(
     scores: np.ndarray, positive: np.ndarray, group: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
     names, member = np.unique(group, return_inverse=True)
-    draws = generator.multinomial(len(names), np.full(len(names), 1.0 / len(names)), size=RESAMPLES)
+    draws = generator.multinomial(len(names), np.full(len(names), 1.0 / len(names)), size=RESAMPLES).T
     order = np.argsort(scores, kind="stable")
-    weight = draws[:, member[order]].astype(np.float64)
-    of_positive = weight * positive[order]
-    of_negative = weight - of_positive
-    start, end = _tie_bounds(scores[order][:, None])
-    below = np.zeros((RESAMPLES, len(scores) + 1))
-    np.cumsum(of_negative, axis=1, out=below[:, 1:])
-    middle = 0.5 * (below[:, start[:, 0]] + below[:, end[:, 0]])
-    pairs = of_positive.sum(axis=1) * of_negative.sum(axis=1)
+    member, is_positive = member[order], positive[order]
+    start, end = (bound[:, 0] for bound in _tie_bounds(scores[order][:, None]))
+    # Negatives that each replicate holds below each row of the sorted scores; (negatives + 1, B).
+    drawn = np.zeros((int((~is_positive).sum()) + 1, RESAMPLES))
+    np.cumsum(draws[member[~is_positive]], axis=0, out=drawn[1:])
+    seen = np.concatenate([[0], np.cumsum(~is_positive)])
+    below = drawn[seen[start[is_positive]]] + drawn[seen[end[is_positive]]]
+    weight = draws[member[is_positive]]
+    pairs = weight.sum(axis=0) * drawn[-1]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(pairs > 0, (of_positive * middle).sum(axis=1) / pairs, np.nan)
+        return np.where(pairs > 0, 0.5 * np.einsum("ib,ib->b", weight, below) / pairs, np.nan)
