@@ -118,4 +118,5 @@ def _print(summary: dict[str, Any], out: Path) -> None:
         table.add_row("  shuffled labels, all cells", f"{found['shuffled_auc']:.3f}")
         table.add_row("  largest gap bound", f"{found['max_gap_bound']:.2e}")
         table.add_row("  picture", str(out / f"{site}.png"))
-    Console(highlight=False).print(table)
+    # a file or a pipe has no width: nothing is to be cut there
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

@@ -28,6 +28,7 @@ _UNTESTED = {
     "speculative_config": None,
     "quantization": None,
     "enable_lora": False,
+    "enable_prefix_caching": False,
 }
 
 _CANARY = "canary"
@@ -91,7 +92,7 @@ class VllmEngine:
             enable_prefix_caching=False,
             disable_log_stats=True,
             worker_extension_cls="hiddenlake.cache.worker.extension.CaptureExtension",
-            **options,
+            **{name: value for name, value in options.items() if name != "enable_prefix_caching"},
         )
         config = arguments.create_engine_config()
         scheduler = config.scheduler_config

@@ -133,7 +133,7 @@ def ls_command(
     if as_json:
         print(json.dumps(rows))
     else:
-        _print_table(rows)
+        _print_table([{name: value for name, value in row.items() if name != "path"} for row in rows])
 
 
 @app.command("info")
@@ -180,17 +180,22 @@ def verify_command(
     as_json: Json = False,
 ) -> None:
     """Check every byte of a capture. The result is kept with it; exit status 1 when something is wrong."""
+    from hiddenlake.cache.progress import counted
     from hiddenlake.cache.store.verify import verify
 
-    report = verify(capture)
+    if spot_check and model is None:
+        raise BadInputError("--spot-check needs --model: the folder or hub id of the model that was captured")
+    with counted("verifying shards") as progress:
+        report = verify(capture, progress)
+    found, ok = report.to_json(), report.ok
     if spot_check:
         from hiddenlake.cache.spot_check import spot_check as compare
+        from hiddenlake.cache.store.reader import open_capture
 
-        if model is None:
-            raise BadInputError("--spot-check needs --model: the folder or hub id of the model that was captured")
-        report = compare(capture, model, spot_check, report)
-    print(json.dumps(report.to_json()) if as_json else _outline(report.to_json()))
-    if not report.ok:
+        checked = compare(open_capture(capture), model, spot_check)
+        found["spot_check"], ok = checked.to_json(), ok and checked.ok
+    print(json.dumps(found) if as_json else _outline(found))
+    if not ok:
         raise typer.Exit(1)
 
 
@@ -284,18 +289,21 @@ def _bytes(name: str, text: str) -> int:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    """Aligned columns, never cut: another program may read them."""
     if not rows:
         _talk("nothing there")
         return
-    table = Table(box=None, pad_edge=False)
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    Console(highlight=False).print(table)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "" if value is None else str(value)
 
 
 def _outline(value: Any, indent: int = 0) -> str:
@@ -304,12 +312,11 @@ def _outline(value: Any, indent: int = 0) -> str:
     for key, item in value.items():
         if isinstance(item, dict):
             lines += [" " * indent + f"{key}:", _outline(item, indent + 2)]
-        elif isinstance(item, list) and item and isinstance(item[0], dict):
+        elif isinstance(item, list | tuple) and item and isinstance(item[0], dict):
             lines.append(" " * indent + f"{key}:")
             lines += [_outline(entry, indent + 2) for entry in item]
         else:
-            text = ", ".join(map(str, item)) if isinstance(item, list) else item
-            lines.append(" " * indent + f"{key}: {text}")
+            lines.append(" " * indent + f"{key}: {_cell(item)}")
     return "\n".join(lines)
 
 
