@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Self
 import ml_dtypes
 import numpy as np
 from zarr.core.dtype import data_type_registry
-from zarr.core.dtype.common import DataTypeValidationError, EndiannessStr, HasEndianness, HasItemSize
+from zarr.core.dtype.common import EndiannessStr, HasEndianness, HasItemSize
 from zarr.core.dtype.npy.common import float_from_json_v3, float_to_json_v3
 from zarr.core.dtype.wrapper import ZDType
+from zarr.dtype import DataTypeValidationError
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -10,11 +10,17 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from hiddenlake.cache.worker.orphan import exit_with_driver
+
 # The field of SamplingParams.extra_args that asks for the extra step.
 LAST_TOKEN_ARG = "hiddenlake_last_token"
 
 
 class _LastTokenMixin:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        exit_with_driver()
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._runner_output = model_runner_output
         self._held_logprobs: dict[str, Any] = {}

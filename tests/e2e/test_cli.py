@@ -1,0 +1,212 @@
+"""The commands as a user types them: one pass from capture to picture, bad input, Ctrl-C, two writers at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hiddenlake
+from hiddenlake.cache.store.verify import verify
+
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "hiddenlake.cli", *map(str, arguments)],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def run(*arguments: object, status: int = 0) -> tuple[str, str]:
+    """(stdout, stderr) of a command that must end with this status."""
+    process = start(*arguments)
+    out, talk = process.communicate(timeout=600)
+    assert process.returncode == status, (process.returncode, out, talk)
+    assert "Traceback" not in talk
+    return out, talk
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """60 questions. The model is random, so what it calls right is made up: a common letter."""
+    path = tmp_path_factory.mktemp("tasks") / "letters.jsonl"
+    rows = [{"question": f"Say something {i}", "answers": ["x"], "wrong_answers": ["o", "u"]} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def capture_command(model, task, out, *more) -> list:
+    return [
+        "capture", "--model", model, "--task", task, "--sites", "mlp_out,resid_post", "--engine", "transformers",
+        "--max-new-tokens", 8, "--shard-samples", 8, "--out", out, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lake(tiny_model, questions, tmp_path_factory) -> Path:
+    lake = tmp_path_factory.mktemp("lake")
+    out, talk = run(*capture_command(tiny_model, questions, lake / "letters", "--json"))
+    summary = json.loads(out)
+    assert (summary["committed"], summary["failed"]) == (60, 0)
+    assert "60 samples, 0 of them captured before" in talk and "60 samples captured" in talk
+    return lake
+
+
+def test_ls_info_read_verify(lake, tiny_model, tmp_path):
+    [entry] = json.loads(run("ls", lake, "--json")[0])
+    assert (entry["name"], entry["samples"], entry["sites"]) == ("letters", 60, ["mlp_out", "resid_post"])
+    assert "letters" in run("ls", lake)[0]
+    facts = json.loads(run("info", lake / "letters", "--json")[0])
+    assert facts["identity"]["task"] == "letters" and facts["provenance"][0]["engine"] == "transformers"
+    assert "resid_post" in run("info", lake / "letters")[0]
+
+    cell = ["read", lake / "letters", "--site", "mlp_out", "--layer", 1, "--position=-1"]
+    table = json.loads(run(*cell, "--rows", 3, "--json")[0])
+    assert [row["index"] for row in table] == [0, 1, 2]
+    run(*cell, "--out", tmp_path / "cell.npz")
+    stored = np.load(tmp_path / "cell.npz")
+    opened = hiddenlake.open_capture(lake / "letters")
+    assert np.array_equal(stored["activations"], opened.read("mlp_out", 1, "-1"), equal_nan=True)
+    assert stored["key"].tolist() == opened.keys
+
+    report = json.loads(
+        run("verify", lake / "letters", "--spot-check", 3, "--model", tiny_model, "--json")[0]
+    )
+    assert report["ok"] and report["samples"] == 60 and report["spot_check"]["ok"]
+
+
+def test_probe_and_heatmap(lake, tmp_path):
+    grid = tmp_path / "mlp_out.zarr"
+    best = json.loads(run("probe", lake / "letters", "--site", "mlp_out", "--cv", 2, "--C", "0.01,0.1", "--out", grid)[0])
+    opened = hiddenlake.open_grid(grid)
+    assert opened.sizes["C"] == 2 and opened.sizes["layer"] == 3
+    assert best["auc"] == pytest.approx(float(opened.auc.max()))
+    for suffix in ("png", "svg", "pdf"):
+        picture = tmp_path / f"map.{suffix}"
+        assert run("heatmap", grid, "--out", picture)[0].strip() == str(picture)
+        assert picture.stat().st_size > 5000
+    assert "expected .svg, .pdf, .png" in run("heatmap", grid, "--out", tmp_path / "map.gif", status=1)[1]
+    reference = tmp_path / "reference.csv"
+    reference.write_text("layer,last_q,-1\n0,0.6,0.7\n1,0.65,0.75\n")
+    run("heatmap", grid, "--compare", reference, "--out", tmp_path / "both.png")
+    assert (tmp_path / "both.png").stat().st_size > 5000
+
+
+def test_flipped_byte_is_named_and_never_read(lake, tmp_path):
+    import shutil
+
+    damaged = tmp_path / "letters"
+    shutil.copytree(lake / "letters", damaged)
+    file = damaged / "mlp_out" / "c.0.0.2.0"
+    data = bytearray(file.read_bytes())
+    data[1000] ^= 1
+    file.write_bytes(data)
+    out, _ = run("verify", damaged, status=1)
+    assert "mlp_out/c.0.0.2.0" in out
+    read = ["read", damaged, "--site", "mlp_out", "--out", tmp_path / "all.npz"]
+    _, talk = run(*read, status=1)
+    assert "mlp_out/c.0.0.2.0" in talk and "byte" in talk
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"question": "a", "answers": ["b"]}\n{"question": \n', "2"),
+        ('{"question": "a"}\n', "answers"),
+        ("", "no question"),
+    ],
+)
+def test_bad_task_files_are_named_by_line(content, sentence, tiny_model, tmp_path):
+    task = tmp_path / "bad.jsonl"
+    task.write_text(content)
+    _, talk = run(*capture_command(tiny_model, task, tmp_path / "x"), status=1)
+    assert "bad.jsonl" in talk and sentence in talk
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--sites", "mlp", "unknown site 'mlp'"),
+        ("--layers", "9", "layer 9 does not exist"),
+        ("--positions", "middle", "unknown position 'middle'"),
+        ("--engine", "jax", "engine 'jax' does not exist"),
+        ("--ring-bytes", "lots", "--ring-bytes 'lots' is not a size"),
+        ("--engine-options", "{", "is not JSON"),
+    ],
+)
+def test_bad_options_get_a_sentence(option, value, sentence, tiny_model, questions, tmp_path):
+    _, talk = run(*capture_command(tiny_model, questions, tmp_path / "x", option, value), status=1)
+    assert sentence in talk
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_sample_that_is_too_long_fails_alone_and_shows_in_the_exit_status(tiny_model, tmp_path):
+    task = tmp_path / "long.jsonl"
+    rows = [{"question": "word " * (300 if i == 1 else 3), "answers": ["e"]} for i in range(3)]
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, talk = run(*capture_command(tiny_model, task, tmp_path / "x"), status=3)
+    assert "2 samples captured" in talk and "1 failed" in talk and "the model's context 256" in talk
+    assert json.loads(run("info", tmp_path / "x", "--json")[0])["failures"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_ctrl_c_keeps_what_is_complete_and_the_same_command_goes_on(engine, demo_model_folder, tmp_path):
+    """SIGINT to the whole group, as a terminal sends it."""
+    out = tmp_path / "x"
+    command = [
+        "capture", "--model", demo_model_folder, "--task", "cities", "--limit", 64, "--layers", "0,29",
+        "--max-new-tokens", 12, "--shard-samples", 8, "--engine", engine, "--out", out,
+        "--engine-options", '{"batch_size": 8}' if engine == "transformers" else '{"max_num_seqs": 4}',
+    ]  # fmt: skip
+    process = start(*command)
+    deadline = time.monotonic() + 300
+    while not list((out / "commits").glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, talk = process.communicate(timeout=120)
+    assert process.returncode == 130, talk
+    assert "the same command goes on from here" in talk
+    kept = hiddenlake.open_capture(out)
+    assert 8 <= len(kept) < 64 and verify(out).ok
+    _, talk = run(*command)
+    assert f"{len(kept)} were there before" in talk
+    whole = hiddenlake.open_capture(out)
+    assert len(whole) == 64 and verify(out).ok
+    assert np.array_equal(
+        whole.read("mlp_out", samples=kept.keys).view(np.uint16), kept.read("mlp_out").view(np.uint16)
+    )
+
+
+@pytest.mark.slow
+def test_two_writers_share_one_task(tiny_model, questions, tmp_path):
+    """The same command twice at once: each sample is captured by one of them."""
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps({"question": f"Say {i}", "answers": ["e"]}) + "\n" for i in range(300)))
+    command = capture_command(tiny_model, many, tmp_path / "x", "--json")
+    writers = [start(*command), start(*command)]
+    summaries = []
+    for writer in writers:
+        out, talk = writer.communicate(timeout=300)
+        assert writer.returncode == 0, talk
+        summaries.append(json.loads(out))
+    assert sum(s["committed"] for s in summaries) == 300
+    assert all(s["committed"] for s in summaries), "both must have worked"
+    opened = hiddenlake.open_capture(tmp_path / "x")
+    assert len(opened) == 300 and verify(tmp_path / "x").ok
