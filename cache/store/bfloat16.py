@@ -13,7 +13,11 @@ from zarr.core.dtype import data_type_registry
 from zarr.core.dtype.common import EndiannessStr, HasEndianness, HasItemSize
 from zarr.core.dtype.npy.common import float_from_json_v3, float_to_json_v3
 from zarr.core.dtype.wrapper import ZDType
-from zarr.dtype import DataTypeValidationError
+
+try:
+    from zarr.errors import DataTypeValidationError
+except ImportError:  # zarr 3.1
+    from zarr.dtype import DataTypeValidationError
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -4,7 +4,9 @@ import functools
 from typing import Any
 
 import torch
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from hiddenlake.cache.errors import CaptureError
 from hiddenlake.cache.families import family_of
 from hiddenlake.cache.rows import TapTable
 from hiddenlake.cache.worker import taps
@@ -33,6 +35,11 @@ def install_recorder(worker: Any, plan_json: dict[str, Any]) -> None:
 
 def _follow_v1(runner: Any, recorder: Recorder) -> None:
     """V1: `_prepare_inputs` runs when the batch's order is final and before the forward pass."""
+    if not isinstance(runner, GPUModelRunner):
+        raise CaptureError(
+            f"vLLM's {type(runner).__module__}.{type(runner).__name__} was not tested with capture: "
+            f"set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
     prepare_inputs = runner._prepare_inputs
     execute_model = runner.execute_model
 

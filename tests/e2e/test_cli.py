@@ -210,3 +210,40 @@ def test_two_writers_share_one_task(tiny_model, questions, tmp_path):
     assert all(s["committed"] for s in summaries), "both must have worked"
     opened = hiddenlake.open_capture(tmp_path / "x")
     assert len(opened) == 300 and verify(tmp_path / "x").ok
+
+
+def test_compat_grid_equals_scikit_learn_on_exported_arrays(lake, tmp_path):
+    """compat="llmsknow" on a real capture, cell by cell, against scikit-learn called here on what `read` exports."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import auc, roc_curve
+    from sklearn.model_selection import train_test_split
+
+    run("probe", lake / "letters", "--site", "mlp_out", "--compat", "llmsknow", "--seed", 5, "--out", tmp_path / "g.zarr")
+    run("read", lake / "letters", "--site", "mlp_out", "--out", tmp_path / "all.npz")
+    grid = hiddenlake.open_grid(tmp_path / "g.zarr").isel(C=0)
+    exported = np.load(tmp_path / "all.npz")
+    X, y = exported["activations"], exported["correct"].astype(int)
+    valid = hiddenlake.open_capture(lake / "letters").dataset().exact_answer_valid.values
+    indices = np.arange(len(y))
+    np.random.seed(5)
+    np.random.shuffle(indices)
+    train, test = train_test_split(indices[:1000], test_size=0.2, random_state=5)
+    train, test = train[valid[train]], test[valid[test]]
+    last = exported["position"].tolist().index("-1")
+    fitted = 0
+    for layer in range(X.shape[0]):
+        for p, position in enumerate(exported["position"]):
+            cell = X[layer, p]
+            if position == "exact_answer_after_last":  # the paper clamps to the last token
+                cell = np.where(np.isnan(cell), X[layer, last], cell)
+            here = ~np.isnan(cell).any(1)
+            a, b = train[here[train]], test[here[test]]
+            found = float(grid.auc.sel(layer=layer, position=position))
+            if len(set(y[a])) < 2 or len(set(y[b])) < 2:
+                assert np.isnan(found)
+                continue
+            model = LogisticRegression(random_state=5).fit(cell[a], y[a])
+            rates = roc_curve(y[b], model.predict_proba(cell[b])[:, 0], pos_label=0)
+            assert found == pytest.approx(auc(rates[0], rates[1]), abs=1e-6)
+            fitted += 1
+    assert fitted >= 30
