@@ -255,7 +255,6 @@ class _Run:
                         retry.append(prompt)
                     else:
                         _fail(self.writer, self.summary, prompt, cause, tried)
-        self.engine.drop([generation.key for generation in finished])
         self.summary.bytes = self.summary.committed * self.sample_bytes
         self.watcher.progressed(self.summary)
         return retry

@@ -67,9 +67,9 @@ class Engine(Protocol):
         """Work on what was submitted; returns what has finished since the last call, perhaps nothing."""
 
     def store(self, handle: dict[str, Any], placements: Sequence[Placement]) -> list[str | None]:
-        """Copy finished samples' rows into a shard. Returns None, or why a sample cannot be stored, for each."""
+        """Copy finished samples' rows into a shard, and forget them: their memory is free again.
 
-    def drop(self, keys: Sequence[str]) -> None:
-        """Forget finished samples: their memory is free again."""
+        Returns None, or why a sample cannot be stored, for each.
+        """
 
     def close(self) -> None: ...

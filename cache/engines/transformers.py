@@ -161,7 +161,7 @@ class TransformersEngine:
         weight = self._model.get_submodule(self._request.model.family.embed).weight
         causes: list[str | None] = []
         for placement in placements:
-            column_of, block = self._rows[placement.key]
+            column_of, block = self._rows.pop(placement.key)
             present = [(p, token) for p, token in enumerate(placement.token_index) if token >= 0]
             rows = block[:, [column_of[token] for _, token in present]]
             ids = torch.tensor([placement.token_ids[token] for _, token in present], device=weight.device)
@@ -170,10 +170,6 @@ class TransformersEngine:
                 put_rows(attach(handle), self._request.table, rows, [p for p, _ in present], placement.slot)
             causes.append(fault)
         return causes
-
-    def drop(self, keys: Sequence[str]) -> None:
-        for key in keys:
-            self._rows.pop(key, None)
 
     def close(self) -> None:
         self._model = None

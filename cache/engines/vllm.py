@@ -157,7 +157,8 @@ class VllmEngine:
                 "the canary failed, so nothing is captured: the last token was not fed; this vLLM does not run "
                 f"the last-token scheduler as the tested {', '.join(TESTED_VERSIONS)} do"
             )
-        self.drop([_CANARY])
+        self._engine.collective_rpc("hiddenlake_drop", args=([_CANARY],))
+        self._in_flight.discard(_CANARY)
 
     def has_room(self) -> bool:
         return len(self._in_flight) < self._in_flight_limit
@@ -174,6 +175,14 @@ class VllmEngine:
         self._in_flight.add(key)
 
     def step(self) -> list[Generation]:
+        finished = self._finished()
+        # The engine runs ahead in its own process: take all that is ready, since each call to its worker waits
+        # for the step that it is in.
+        while _is_ready(self._engine):
+            finished += self._finished()
+        return finished
+
+    def _finished(self) -> list[Generation]:
         return [self._generation(output) for output in self._engine.step() if output.finished]
 
     def _generation(self, output: Any) -> Generation:
@@ -195,11 +204,8 @@ class VllmEngine:
         [causes] = self._engine.collective_rpc(
             "hiddenlake_store", args=(handle, [placement.to_json() for placement in placements])
         )
+        self._in_flight.difference_update(placement.key for placement in placements)
         return causes
-
-    def drop(self, keys: Sequence[str]) -> None:
-        self._engine.collective_rpc("hiddenlake_drop", args=(list(keys),))
-        self._in_flight.difference_update(keys)
 
     def stats(self) -> dict[str, int]:
         """What the worker counts: see CaptureExtension.hiddenlake_stats."""
@@ -266,6 +272,12 @@ def _engine_from_config(engine_class: Any, config: Any) -> Any:
         log_stats=False,
         multiprocess_mode=envs.VLLM_ENABLE_V1_MULTIPROCESSING,
     )
+
+
+def _is_ready(engine: Any) -> bool:
+    """Whether the engine's process has sent outputs that `step` would return at once."""
+    queue = getattr(engine.engine_core, "outputs_queue", None)  # an engine in this process has none
+    return queue is not None and not queue.empty()
 
 
 def _refuse_untested(version: str, options: dict[str, Any]) -> None:

@@ -43,10 +43,15 @@ class CaptureExtension:
         }
 
     def hiddenlake_store(self, handle: dict[str, Any], placements: list[dict[str, Any]]) -> list[str | None]:
-        """Copy finished samples into a shard's buffer. Returns None, or the cause of the failure, for each."""
+        """Copy finished samples into a shard's buffer and forget them.
+
+        Returns None, or the cause of the failure, for each.
+        """
         recorder = self.hiddenlake_recorder
         assert recorder is not None, "the canary lets no run start without taps"
-        return [recorder.store(Placement(**placement), handle) for placement in placements]
+        causes = [recorder.store(Placement(**placement), handle) for placement in placements]
+        self.hiddenlake_drop([placement["key"] for placement in placements])
+        return causes
 
     def hiddenlake_drop(self, keys: list[str]) -> None:
         """Forget samples: their rows are free again."""

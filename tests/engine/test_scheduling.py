@@ -47,9 +47,8 @@ def run(request, demo_model_folder):
             q = len(prompt.token_ids)
             index = resolve(PAPER, q, len(ids), (q, q + 1))
             placements.append(Placement(prompt.key, ids, tuple(index.tolist()), slot))
-        assert engine.store(shard.handle, placements) == [None] * N
         counts = engine.stats()
-        engine.drop([p.key for p in prompts])
+        assert engine.store(shard.handle, placements) == [None] * N
         empty = engine.stats()
     finally:
         engine.close()
