@@ -132,6 +132,11 @@ def answer_rows(positions: Sequence[str]) -> set[int] | None:
     return offsets
 
 
+def may_mean_last_token(positions: Sequence[str]) -> bool:
+    """Whether some position may be the sequence's last token, which an engine must then feed once more."""
+    return any(name != "last_q" for name in positions)
+
+
 def in_answer(token_index: np.ndarray, prompt_length: np.ndarray) -> np.ndarray:
     """Whether each stored token lies in the answer.
 

@@ -44,6 +44,8 @@ class ProgressBar(Watcher):
             f"up to {size(cost.ring_bytes)} of ring, which admits {cost.in_flight} samples at once"
         )
         self._total = cost.samples
+        if cost.samples:
+            self.console.print("starting the engine")
 
     def started(self) -> None:
         self._begun = self._said = time.perf_counter()

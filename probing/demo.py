@@ -37,7 +37,7 @@ def run_demo(out: Path, samples: int = 1000) -> dict[str, Any]:
     """
     lake = out / "lake" / "cities"
     if (out / "summary.json").exists():
-        print(f"{out} holds a finished demo: it is made anew", file=sys.stderr)
+        _say(f"{out} holds a finished demo: it is made anew")
         (out / "summary.json").unlink()
         shutil.rmtree(lake, ignore_errors=True)
     summary = _capture(lake, samples)
@@ -55,11 +55,13 @@ def _capture(lake: Path, samples: int) -> dict[str, Any]:
     task = load_task("cities", samples)
     job = plan_job(demo_model(), task, sites=SITES, max_new_tokens=MAX_NEW_TOKENS, dtype="bfloat16")
     prompts = job.prompts[:PLAIN_SAMPLES]
+    _say(f"starting vLLM without capture: {len(prompts)} answers before and {len(prompts)} after, to compare with")
     plain = PlainVllm(job.request)
     seconds = []
     try:
         plain.generate(prompts[:8])  # first use costs
         seconds.append(_time(lambda: plain.generate(prompts)))
+        _say(f"capturing {samples} answers")
         with ProgressBar() as bar:
             done = run_job(job, out=lake, watcher=bar)
         seconds.append(_time(lambda: plain.generate(prompts)))
@@ -74,6 +76,10 @@ def _capture(lake: Path, samples: int) -> dict[str, Any]:
     }
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _time(work: Any) -> float:
     start = time.perf_counter()
     work()
@@ -81,6 +87,7 @@ def _time(work: Any) -> float:
 
 
 def _probe(capture: Capture, site: str, out: Path) -> dict[str, Any]:
+    _say(f"fitting probes of {site}")
     with counted(f"probing {site}") as progress:
         grid = fit_grid(capture, site, groups="group", progress=progress)
     save_grid(grid, out / "grids" / f"{site}.zarr")

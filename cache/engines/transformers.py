@@ -7,7 +7,7 @@ import numpy as np
 
 from hiddenlake.cache import positions
 from hiddenlake.cache.engines.base import Request
-from hiddenlake.cache.errors import CaptureError
+from hiddenlake.cache.errors import BadInputError, CaptureError
 from hiddenlake.cache.rows import find_fault, put_rows
 from hiddenlake.cache.samples import Generation, Prompt
 from hiddenlake.cache.store.shard import attach
@@ -27,6 +27,8 @@ class TransformersEngine:
             raise CaptureError(
                 f"transformers cannot be imported ({error}): install `hiddenlake[transformers]`"
             ) from error
+        if unknown := sorted(request.options.keys() - {"batch_size"}):
+            raise BadInputError(f"the transformers engine has no option {', '.join(unknown)}: it has batch_size")
         model = request.model
         self._request = request
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

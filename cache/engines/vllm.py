@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
+from hiddenlake.cache import positions
 from hiddenlake.cache.engines.base import Request
-from hiddenlake.cache.errors import CaptureError
+from hiddenlake.cache.errors import BadInputError, CaptureError
 from hiddenlake.cache.samples import Generation, Prompt
 from hiddenlake.cache.worker.plan import Placement, Plan
 from hiddenlake.cache.worker.plugin import CONFIG_KEY
-from hiddenlake.cache.worker.recorder import EXTRA_ARG
+from hiddenlake.cache.worker.recorder import CANARY, EXTRA_ARG
 
 TESTED_VERSIONS = ("0.32.0",)
 
@@ -31,7 +33,8 @@ _UNTESTED = {
     "enable_prefix_caching": False,
 }
 
-_CANARY = "canary"
+# Enough for a first token, and a last one that must be fed.
+_CANARY_TOKENS = 2
 
 # |log-probability by the captured stream - by the engine|. A wrong row is off by whole units; the spread is
 # rounding in norm and head, once a row and once in a batch.
@@ -87,6 +90,8 @@ class VllmEngine:
         # off a CPU, vLLM compiles and captures graphs as shipped
         options = (_CPU_OPTIONS if cpu else {"max_num_seqs": 256}) | request.options
         options["max_num_seqs"] = min(options["max_num_seqs"], self._in_flight_limit)
+        if unknown := sorted(options.keys() - {field.name for field in fields(EngineArgs)}):
+            raise BadInputError(f"vLLM has no engine argument {', '.join(unknown)}: see its EngineArgs")
         arguments = EngineArgs(
             model=request.model.path,
             dtype=request.model.dtype,
@@ -129,14 +134,14 @@ class VllmEngine:
         Raises CaptureError.
         """
         ids = tuple(prompt_ids)
-        self._add(_CANARY, ids)
+        self._add(CANARY, ids, min(_CANARY_TOKENS, self._request.max_new_tokens), last_token=True)
         finished: list[Generation] = []
         while not finished:
             finished = self.step()
         answer = finished[0]
         last = len(ids) + len(answer.answer_ids) - 1
         [report] = self._engine.collective_rpc(
-            "hiddenlake_canary", args=(_CANARY, len(ids) - 1, answer.answer_ids[0], last)
+            "hiddenlake_canary", args=(CANARY, len(ids) - 1, answer.answer_ids[0], last)
         )
         if "error" in report:
             raise CaptureError(f"the canary failed, so nothing is captured: {report['error']}")
@@ -157,20 +162,22 @@ class VllmEngine:
                 "the canary failed, so nothing is captured: the last token was not fed; this vLLM does not run "
                 f"the last-token scheduler as the tested {', '.join(TESTED_VERSIONS)} do"
             )
-        self._engine.collective_rpc("hiddenlake_drop", args=([_CANARY],))
-        self._in_flight.discard(_CANARY)
+        self._engine.collective_rpc("hiddenlake_drop", args=([CANARY],))
+        self._in_flight.discard(CANARY)
 
     def has_room(self) -> bool:
         return len(self._in_flight) < self._in_flight_limit
 
     def submit(self, prompt: Prompt) -> None:
-        self._add(prompt.key, prompt.token_ids)
+        last_token = positions.may_mean_last_token(self._request.positions)
+        self._add(prompt.key, prompt.token_ids, self._request.max_new_tokens, last_token)
 
-    def _add(self, key: str, ids: Sequence[int]) -> None:
+    def _add(self, key: str, ids: Sequence[int], max_tokens: int, last_token: bool) -> None:
         from hiddenlake.cache.worker.scheduler import LAST_TOKEN_ARG
 
         params = self._sampling.clone()
-        params.extra_args = {EXTRA_ARG: key, LAST_TOKEN_ARG: 1}
+        params.max_tokens = max_tokens
+        params.extra_args = {EXTRA_ARG: key, LAST_TOKEN_ARG: int(last_token)}
         self._engine.add_request(key, {"prompt_token_ids": list(ids)}, params)
         self._in_flight.add(key)
 
@@ -183,7 +190,16 @@ class VllmEngine:
         return finished
 
     def _finished(self) -> list[Generation]:
-        return [self._generation(output) for output in self._engine.step() if output.finished]
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            outputs = self._engine.step()
+        except EngineDeadError as error:
+            raise CaptureError(
+                f"vLLM's engine died ({error}): its own message stands above; what was complete is stored, and the "
+                f"same command goes on from there"
+            ) from error
+        return [self._generation(output) for output in outputs if output.finished]
 
     def _generation(self, output: Any) -> Generation:
         if output.num_cached_tokens:

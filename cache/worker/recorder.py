@@ -18,6 +18,9 @@ from hiddenlake.cache.worker.staging import Staging
 # The field of SamplingParams.extra_args that carries a sample's key. Requests without it are not captured.
 EXTRA_ARG = "hiddenlake"
 
+# The key of the start-up check: its last prompt token and its whole answer are kept, whatever the plan.
+CANARY = "canary"
+
 
 @dataclass(slots=True)
 class Book:
@@ -110,10 +113,11 @@ class Recorder:
             if key is None or key in self.books:
                 continue
             q = len(request.prompt_token_ids)
+            wanted = ("last_q", "-1") if key == CANARY else self.plan.positions
             book = self.books[key] = Book(
                 prompt_length=q,
-                prompt_tokens=frozenset(positions.prompt_rows(self.plan.positions, q)),
-                answer_offsets=positions.answer_rows(self.plan.positions),
+                prompt_tokens=frozenset(positions.prompt_rows(wanted, q)),
+                answer_offsets=positions.answer_rows(wanted),
                 end=q + params.max_tokens,
             )
             self._key_of[request.req_id] = key

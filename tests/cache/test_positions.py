@@ -177,3 +177,16 @@ def test_in_answer(batch: list[tuple[int, int, Window]], wanted: list[str]) -> N
     for sample, (q, n, _) in enumerate(batch):
         for position in range(len(wanted)):
             assert inside[position, sample] == (index[position, sample] in range(q, n))
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([*p.PAPER, "0", "5", "-20"]))
+def test_only_positions_that_may_mean_the_last_token_do(q: int, answer: int, name: str) -> None:
+    """An answer has one token at least, so the last token is never in the prompt."""
+    last = q + answer - 1
+    windows = [None, *((a, b) for a in range(q, last + 1) for b in range(a, last + 1))]
+    if any(p.resolve([name], q, last + 1, window)[0] == last for window in windows):
+        assert p.may_mean_last_token([name])
+
+
+def test_the_last_prompt_token_needs_no_extra_step() -> None:
+    assert not p.may_mean_last_token(["last_q"])

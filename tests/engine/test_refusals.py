@@ -12,15 +12,15 @@ IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 SCRIPT = """
 import sys
 import hiddenlake
-from hiddenlake.cache.errors import CaptureError
+from hiddenlake.cache.errors import HiddenlakeError
 sys.path.insert(0, ".")
 from conftest import make_task
 model, out, options, sabotage = sys.argv[1:5]
 exec(sabotage)
 try:
-    hiddenlake.capture(model, make_task(4), out=out, sites=["mlp_out"], positions=["-1", "last_q"], dtype="float32",
-                       max_new_tokens=4, options=eval(options))
-except CaptureError as error:
+    hiddenlake.capture(model, make_task(4), out=out, sites=["mlp_out"], dtype="float32", max_new_tokens=4,
+                       positions=sys.argv[5].split(",") if sys.argv[5:] else ["-1", "last_q"], options=eval(options))
+except HiddenlakeError as error:
     print("REFUSED", error)
 print("SAMPLES", len(hiddenlake.open_capture(out)))
 """
@@ -72,6 +72,14 @@ def test_the_same_script_captures_without_sabotage(tiny_model, tmp_path):
     assert "REFUSED" not in done.stdout and "SAMPLES 4" in done.stdout
 
 
+@pytest.mark.parametrize("positions", ["last_q", "first_answer", "0"])
+def test_the_canary_does_not_depend_on_the_positions(positions, tiny_model, tmp_path):
+    """It needs the last prompt token and the last token, also where the plan wants neither."""
+    done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{}", "pass", positions, env=IN_PROCESS)
+    assert done.returncode == 0, done.stderr
+    assert "REFUSED" not in done.stdout and "SAMPLES 4" in done.stdout
+
+
 def test_taps_installed_after_compile_refuse(tiny_model, tmp_path):
     """A compiled graph that was traced without taps never calls them, and raises nothing."""
     sabotage = """
@@ -105,6 +113,7 @@ def test_compiled_model_captures(tiny_model, tmp_path):
         ("{'tensor_parallel_size': 2}", "tensor_parallel_size=2 was not tested"),
         ("{'enable_prefix_caching': True}", "enable_prefix_caching=True was not tested"),
         ("{'enable_lora': True}", "enable_lora=True was not tested"),
+        ("{'gpu_memory': 1}", "vLLM has no engine argument gpu_memory"),
     ],
 )
 def test_untested_engine_arguments_refuse(options, sentence, tiny_model, tmp_path):
