@@ -40,8 +40,8 @@ class Identity:
 
     model : hub id, or the folder's name.
     weights : the hub's resolved commit, or the hash of the weight files.
-    quantization : method of quantised weights, or None.
-    dtype : what the model computes in, which is what is stored.
+    quantization, lora : method of quantised weights, and the adapter on them; None for neither.
+    compute_dtype, stored_dtype : what the model computes in, and what is stored.
     chat_template : hash of the template that was applied, or None for plain text.
     task, judge : the task's name, and name and version of the rules that mark its answers.
     """
@@ -49,7 +49,9 @@ class Identity:
     model: str
     weights: str
     quantization: str | None
-    dtype: str
+    lora: str | None
+    compute_dtype: str
+    stored_dtype: str
     chat_template: str | None
     task: str
     judge: str

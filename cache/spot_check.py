@@ -50,7 +50,7 @@ def spot_check(capture: Capture, model: str | os.PathLike[str], samples: int, se
     """
     if samples < 1:
         raise BadInputError(f"a spot check of {samples} samples: expected 1 or more")
-    source = load_model(model, capture.identity["dtype"])
+    source = load_model(model, capture.identity["compute_dtype"])
     if source.weights != capture.identity["weights"]:
         raise IdentityError(
             f"{model} has the weights {source.weights}, the capture was made with {capture.identity['weights']}: "
