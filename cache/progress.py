@@ -41,7 +41,8 @@ class ProgressBar(Watcher):
         self.console.print(
             f"{summary.planned} samples, {summary.present} of them captured before; {cost.samples} to capture: "
             f"{size(cost.disk_bytes)} of disk ({size(cost.disk_free)} free), {size(cost.buffer_bytes)} of shard buffers, "
-            f"up to {size(cost.ring_bytes)} of ring, which admits {cost.in_flight} samples at once"
+            f"up to {size(cost.ring_bytes)} of ring, which admits {cost.in_flight} samples at once",
+            soft_wrap=True,
         )
         self._total = cost.samples
         if cost.samples:
@@ -63,7 +64,7 @@ class ProgressBar(Watcher):
         self._bar.update(self._task, completed=done, rates=rates)
         if self._bar.disable and now - self._said >= _QUIET_SECONDS:
             self._said = now
-            self.console.print(f"{done}/{self._total} samples, {rates}")
+            self.console.print(f"{done}/{self._total} samples, {rates}", soft_wrap=True)
 
 
 def size(n: float) -> str:

@@ -2,7 +2,11 @@
 
 import pytest
 
-from .conftest import run_script
+from hiddenlake.cache.capture import start_engine
+from hiddenlake.cache.errors import BadInputError, CaptureError
+from hiddenlake.cache.job import plan_job
+
+from .conftest import make_task, run_script
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -108,20 +112,24 @@ def test_compiled_model_captures(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "error", "sentence"),
     [
-        ("{'tensor_parallel_size': 2}", "tensor_parallel_size=2 was not tested"),
-        ("{'enable_prefix_caching': True}", "enable_prefix_caching=True was not tested"),
-        ("{'enable_lora': True}", "enable_lora=True was not tested"),
-        ("{'gpu_memory': 1}", "vLLM has no engine argument gpu_memory"),
+        ({"tensor_parallel_size": 2}, CaptureError, "tensor_parallel_size=2 was not tested"),
+        ({"enable_prefix_caching": True}, CaptureError, "enable_prefix_caching=True was not tested"),
+        ({"enable_lora": True}, CaptureError, "enable_lora=True was not tested"),
+        ({"gpu_memory": 1}, BadInputError, "vLLM has no engine argument gpu_memory"),
     ],
 )
-def test_untested_engine_arguments_refuse(options, sentence, tiny_model, tmp_path):
-    done = run_script(SCRIPT, tiny_model, tmp_path / "x", options, "pass", env=IN_PROCESS)
-    assert sentence in done.stdout, done.stderr
-    assert "SAMPLES 0" in done.stdout
+def test_untested_engine_arguments_refuse(options, error, sentence, tiny_model):
+    job = plan_job(tiny_model, make_task(2), max_new_tokens=4, options=options)
+    with pytest.raises(error, match=sentence):
+        start_engine("vllm", job.request, job.prompts[0].token_ids)
 
 
-def test_untested_vllm_version_refuses(tiny_model, tmp_path):
-    done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{}", "import vllm; vllm.__version__ = '0.1'", env=IN_PROCESS)
-    assert "vLLM 0.1 was not tested" in done.stdout, done.stderr
+def test_untested_vllm_version_refuses(tiny_model, monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.1")
+    job = plan_job(tiny_model, make_task(2), max_new_tokens=4)
+    with pytest.raises(CaptureError, match="vLLM 0.1 was not tested: install 0.32.0"):
+        start_engine("vllm", job.request, job.prompts[0].token_ids)
