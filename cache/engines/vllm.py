@@ -1,7 +1,10 @@
 """vLLM: generates in continuous batches while the taps in its worker capture."""
 
 import os
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -32,6 +35,9 @@ _UNTESTED = {
     "enable_lora": False,
     "enable_prefix_caching": False,
 }
+
+# How long a killed engine may go unnoticed.
+_DEATH_SECONDS = 0.5
 
 # Enough for a first token, and a last one that must be fed.
 _CANARY_TOKENS = 2
@@ -120,9 +126,11 @@ class VllmEngine:
         # hashed by vLLM into its compile cache's key, so that a graph without these taps is never reused
         config.additional_config = {**config.additional_config, CONFIG_KEY: plan.to_json()}
         try:
-            return _engine_from_config(LLMEngine, config)
+            engine = _engine_from_config(LLMEngine, config)
         except RuntimeError as error:
             raise CaptureError(f"vLLM did not start: {error}") from error
+        _wake_on_death(engine)
+        return engine
 
     def check_canary(self, prompt_ids: Sequence[int]) -> None:
         """Send one prompt through, and refuse to go on unless every tap answers for it.
@@ -140,9 +148,7 @@ class VllmEngine:
             finished = self.step()
         answer = finished[0]
         last = len(ids) + len(answer.answer_ids) - 1
-        [report] = self._engine.collective_rpc(
-            "hiddenlake_canary", args=(CANARY, len(ids) - 1, answer.answer_ids[0], last)
-        )
+        report = self._call("hiddenlake_canary", CANARY, len(ids) - 1, answer.answer_ids[0], last)
         if "error" in report:
             raise CaptureError(f"the canary failed, so nothing is captured: {report['error']}")
         if report["dead"]:
@@ -162,7 +168,7 @@ class VllmEngine:
                 "the canary failed, so nothing is captured: the last token was not fed; this vLLM does not run "
                 f"the last-token scheduler as the tested {', '.join(TESTED_VERSIONS)} do"
             )
-        self._engine.collective_rpc("hiddenlake_drop", args=([CANARY],))
+        self._call("hiddenlake_drop", [CANARY])
         self._in_flight.discard(CANARY)
 
     def has_room(self) -> bool:
@@ -190,16 +196,15 @@ class VllmEngine:
         return finished
 
     def _finished(self) -> list[Generation]:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
+        with _reported_death():
             outputs = self._engine.step()
-        except EngineDeadError as error:
-            raise CaptureError(
-                f"vLLM's engine died ({error}): its own message stands above; what was complete is stored, and the "
-                f"same command goes on from there"
-            ) from error
         return [self._generation(output) for output in outputs if output.finished]
+
+    def _call(self, verb: str, *arguments: Any) -> Any:
+        """Call a verb of the worker's CaptureExtension."""
+        with _reported_death():
+            [result] = self._engine.collective_rpc(verb, args=arguments)
+        return result
 
     def _generation(self, output: Any) -> Generation:
         if output.num_cached_tokens:
@@ -217,16 +222,13 @@ class VllmEngine:
         )
 
     def store(self, handle: dict[str, Any], placements: Sequence[Placement]) -> list[str | None]:
-        [causes] = self._engine.collective_rpc(
-            "hiddenlake_store", args=(handle, [placement.to_json() for placement in placements])
-        )
+        causes = self._call("hiddenlake_store", handle, [placement.to_json() for placement in placements])
         self._in_flight.difference_update(placement.key for placement in placements)
         return causes
 
     def stats(self) -> dict[str, int]:
         """What the worker counts: see CaptureExtension.hiddenlake_stats."""
-        [counts] = self._engine.collective_rpc("hiddenlake_stats")
-        return counts
+        return self._call("hiddenlake_stats")
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
@@ -288,6 +290,38 @@ def _engine_from_config(engine_class: Any, config: Any) -> Any:
         log_stats=False,
         multiprocess_mode=envs.VLLM_ENABLE_V1_MULTIPROCESSING,
     )
+
+
+@contextmanager
+def _reported_death() -> Iterator[None]:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise CaptureError(
+            "vLLM's engine died: its own message, if it left one, stands above; what was complete is stored, and "
+            "the same command goes on from there"
+        ) from error
+
+
+def _wake_on_death(engine: Any) -> None:
+    """Let calls that wait for an engine process fail when it is killed: vLLM 0.32 notes the death and waits on."""
+    client = engine.engine_core
+    if not hasattr(client, "outputs_queue"):
+        return  # the engine is in this process
+
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def watch() -> None:
+        while not client.resources.engine_dead:
+            time.sleep(_DEATH_SECONDS)
+        client.outputs_queue.put_nowait(EngineDeadError())
+        for future in list(client.utility_results.values()):
+            if not future.done():
+                future.set_exception(EngineDeadError())
+
+    threading.Thread(target=watch, name="hiddenlake-engine-watch", daemon=True).start()
 
 
 def _is_ready(engine: Any) -> bool:
