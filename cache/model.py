@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hiddenlake.cache.errors import BadInputError, UnknownNameError
+from hiddenlake.cache.errors import BadInputError, CaptureError, UnknownNameError
 from hiddenlake.cache.families import Family, family_of
 from hiddenlake.cache.identity import digest
 
@@ -72,10 +72,15 @@ def load_model(path: str | os.PathLike[str], dtype: str | None = None) -> Model:
     dtype : `bfloat16` or `float32`; default the checkpoint's own.
 
     Raises BadInputError when there is no such model or its dtype cannot be stored, UnknownNameError for an
-    architecture that is not supported.
+    architecture that is not supported, CaptureError without transformers.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
+    try:
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    except ImportError as error:
+        raise CaptureError(
+            f"models are read with transformers, which cannot be imported ({error}): install `hiddenlake[vllm]` or "
+            f"`hiddenlake[transformers]`"
+        ) from error
     path = str(path)
     try:
         config = AutoConfig.from_pretrained(path)

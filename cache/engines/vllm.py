@@ -12,9 +12,8 @@ from hiddenlake.cache import positions
 from hiddenlake.cache.engines.base import Request
 from hiddenlake.cache.errors import BadInputError, CaptureError
 from hiddenlake.cache.samples import Generation, Prompt
-from hiddenlake.cache.worker.plan import Placement, Plan
+from hiddenlake.cache.worker.plan import CANARY, KEY_ARG, LAST_TOKEN_ARG, Placement, Plan
 from hiddenlake.cache.worker.plugin import CONFIG_KEY
-from hiddenlake.cache.worker.recorder import CANARY, EXTRA_ARG
 
 TESTED_VERSIONS = ("0.32.0",)
 
@@ -179,11 +178,9 @@ class VllmEngine:
         self._add(prompt.key, prompt.token_ids, self._request.max_new_tokens, last_token)
 
     def _add(self, key: str, ids: Sequence[int], max_tokens: int, last_token: bool) -> None:
-        from hiddenlake.cache.worker.scheduler import LAST_TOKEN_ARG
-
         params = self._sampling.clone()
         params.max_tokens = max_tokens
-        params.extra_args = {EXTRA_ARG: key, LAST_TOKEN_ARG: int(last_token)}
+        params.extra_args = {KEY_ARG: key, LAST_TOKEN_ARG: int(last_token)}
         self._engine.add_request(key, {"prompt_token_ids": list(ids)}, params)
         self._in_flight.add(key)
 

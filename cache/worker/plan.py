@@ -3,6 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+# Fields of SamplingParams.extra_args: a sample's key, without which a request is not captured, and whether its
+# last token must be fed.
+KEY_ARG = "hiddenlake"
+LAST_TOKEN_ARG = "hiddenlake_last_token"
+
+# The key of the start-up check: its last prompt token and its whole answer are kept, whatever the plan.
+CANARY = "canary"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

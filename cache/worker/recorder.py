@@ -11,16 +11,9 @@ from hiddenlake.cache import positions
 from hiddenlake.cache.rows import TapTable, find_fault, put_rows
 from hiddenlake.cache.store.shard import attach
 from hiddenlake.cache.worker.bits import as_bits
-from hiddenlake.cache.worker.plan import Placement, Plan
+from hiddenlake.cache.worker.plan import CANARY, KEY_ARG, Placement, Plan
 from hiddenlake.cache.worker.rows_v1 import batch_rows
 from hiddenlake.cache.worker.staging import Staging
-
-# The field of SamplingParams.extra_args that carries a sample's key. Requests without it are not captured.
-EXTRA_ARG = "hiddenlake"
-
-# The key of the start-up check: its last prompt token and its whole answer are kept, whatever the plan.
-CANARY = "canary"
-
 
 @dataclass(slots=True)
 class Book:
@@ -109,7 +102,7 @@ class Recorder:
     def _open_books(self, scheduler_output: Any) -> None:
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
-            key = (params.extra_args or {}).get(EXTRA_ARG) if params is not None else None
+            key = (params.extra_args or {}).get(KEY_ARG) if params is not None else None
             if key is None or key in self.books:
                 continue
             q = len(request.prompt_token_ids)

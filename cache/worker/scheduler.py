@@ -11,9 +11,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from hiddenlake.cache.worker.orphan import exit_with_driver
-
-# The field of SamplingParams.extra_args that asks for the extra step.
-LAST_TOKEN_ARG = "hiddenlake_last_token"
+from hiddenlake.cache.worker.plan import LAST_TOKEN_ARG
 
 
 class _LastTokenMixin:

@@ -239,3 +239,11 @@ def test_spot_check_agrees_and_refuses_another_model(tiny_model, tmp_path):
     assert found.ok and found.samples == 4 and found.worst < 1e-4
     with pytest.raises(IdentityError, match="was made with"):
         spot_check(opened, hiddenlake.demo_model(), 2)
+
+
+def test_without_transformers_the_error_says_what_to_install(tiny_model, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CaptureError, match=r"install `hiddenlake\[vllm\]` or `hiddenlake\[transformers\]`"):
+        capture(tiny_model, tmp_path / "x")
