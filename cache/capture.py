@@ -148,17 +148,17 @@ def run_job(
             _fail(writer, summary, prompt, cause, attempts=0)
         start = time.perf_counter()
         if pending:
-            session = start_engine(engine, job.request, pending[0].token_ids)
-            writer.provenance = session.provenance
+            running = start_engine(engine, job.request, pending[0].token_ids)
+            writer.provenance = running.provenance
             start = time.perf_counter()
             try:
                 watcher.started()
-                _Run(job, session, writer, summary, watcher).go(pending)
+                _Run(job, running, writer, summary, watcher).go(pending)
                 writer.flush()
             except KeyboardInterrupt:
                 summary.interrupted = True
             finally:
-                session.close()
+                running.close()
     # the writer has published what was complete, interrupted or not
     summary.committed, summary.bytes = writer.published, writer.bytes_written
     summary.seconds = time.perf_counter() - start
