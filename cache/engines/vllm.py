@@ -35,6 +35,15 @@ _UNTESTED = {
     "enable_prefix_caching": False,
 }
 
+# Engine arguments that follow from the capture itself.
+_OURS = {
+    "model", "dtype", "max_model_len", "disable_log_stats", "worker_extension_cls", "scheduler_cls", "additional_config",
+}  # fmt: skip
+
+# Samples in flight a sequence of the batch: enough that the engine never waits for the driver, and few enough to
+# leave work for other writers.
+_QUEUE = 4
+
 # How long a killed engine may go unnoticed.
 _DEATH_SECONDS = 0.5
 
@@ -57,16 +66,19 @@ class VllmEngine:
 
         self._request = request
         rows = request.rows_per_sample
-        ring_rows = request.ring_bytes // request.row_bytes
-        self._in_flight_limit = ring_rows // rows
-        if self._in_flight_limit < 1:
+        admitted = request.ring_bytes // request.row_bytes // rows
+        if admitted < 1:
             raise CaptureError(
                 f"--ring-bytes {request.ring_bytes} is too small: one sample needs {rows} rows of "
                 f"{request.row_bytes} bytes, {rows * request.row_bytes} in all; raise it, or capture fewer sites, "
                 f"layers or new tokens"
             )
         cpu = current_platform.is_cpu()
-        self._engine = self._start(cpu, ring_rows)
+        # off a CPU, vLLM compiles and captures graphs as shipped
+        options = (_CPU_OPTIONS if cpu else {"max_num_seqs": 256}) | request.options
+        options["max_num_seqs"] = min(options["max_num_seqs"], admitted)
+        self._in_flight_limit = min(admitted, _QUEUE * options["max_num_seqs"])
+        self._engine = self._start(options, ring_rows=self._in_flight_limit * rows)
         self._sampling = SamplingParams(
             temperature=0.0,
             max_tokens=request.max_new_tokens,
@@ -84,7 +96,7 @@ class VllmEngine:
             "enforce_eager": self._engine.vllm_config.model_config.enforce_eager,
         }
 
-    def _start(self, cpu: bool, ring_rows: int) -> Any:
+    def _start(self, options: dict[str, Any], ring_rows: int) -> Any:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -92,11 +104,10 @@ class VllmEngine:
         if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
             raise CaptureError("vLLM's V2 model runner was not tested with capture: unset VLLM_USE_V2_MODEL_RUNNER")
         request = self._request
-        # off a CPU, vLLM compiles and captures graphs as shipped
-        options = (_CPU_OPTIONS if cpu else {"max_num_seqs": 256}) | request.options
-        options["max_num_seqs"] = min(options["max_num_seqs"], self._in_flight_limit)
         if unknown := sorted(options.keys() - {field.name for field in fields(EngineArgs)}):
             raise BadInputError(f"vLLM has no engine argument {', '.join(unknown)}: see its EngineArgs")
+        if ours := sorted(options.keys() & _OURS):
+            raise BadInputError(f"vLLM's {', '.join(ours)} is set by hiddenlake: leave it out of the engine options")
         arguments = EngineArgs(
             model=request.model.path,
             dtype=request.model.dtype,

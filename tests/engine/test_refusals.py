@@ -117,6 +117,7 @@ def test_compiled_model_captures(tiny_model, tmp_path):
         ({"tensor_parallel_size": 2}, CaptureError, "tensor_parallel_size=2 was not tested"),
         ({"enable_prefix_caching": True}, CaptureError, "enable_prefix_caching=True was not tested"),
         ({"enable_lora": True}, CaptureError, "enable_lora=True was not tested"),
+        ({"max_model_len": 64}, BadInputError, "max_model_len is set by hiddenlake"),
         ({"gpu_memory": 1}, BadInputError, "vLLM has no engine argument gpu_memory"),
     ],
 )
