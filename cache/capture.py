@@ -33,6 +33,7 @@ class Summary:
 
     planned : samples of the task.  present : committed before the run.  committed, failed : by this run.
     elsewhere : reserved by another writer that is still running.
+    correct : of the committed.  bytes : written.  causes : why samples failed, by key.
     tokens : generated.  seconds : of generation and capture, engine start not counted.
     """
 

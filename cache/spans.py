@@ -36,11 +36,9 @@ def find_window(decode: Decode, ids: Sequence[int], exact_answer: str) -> tuple[
 
     # The latest token from which that prefix still ends in the occurrence and what follows it in its last token.
     tail = decode(ids[: last + 1])[start:]
-    for first in range(last, -1, -1):
-        if decode(ids[first : last + 1]).endswith(tail):
-            return first, last
-    # A decoder whose output depends on what stands before (it never spelled the tail): the whole prefix is safe.
-    return 0, last
+    # The whole prefix ends in it, so there is always one.
+    first = next(k for k in range(last, -1, -1) if decode(ids[k : last + 1]).endswith(tail))
+    return first, last
 
 
 def find_ignoring_case(text: str, wanted: str) -> tuple[int, int] | None:

@@ -63,10 +63,7 @@ class TransformersEngine:
             return []
         answers = self._generate(prompts)
         sequences = [(*p.token_ids, *answer) for p, answer in zip(prompts, answers, strict=True)]
-        wanted = [
-            [*positions.prompt_rows(self._request.positions, len(p.token_ids)), *range(len(p.token_ids), len(s))]
-            for p, s in zip(prompts, sequences, strict=True)
-        ]
+        wanted = [self._wanted(len(p.token_ids), len(s)) for p, s in zip(prompts, sequences, strict=True)]
         rows, logprobs = self.teacher_force(sequences, wanted, [len(p.token_ids) for p in prompts])
         for prompt, tokens, block in zip(prompts, wanted, rows, strict=True):
             self._rows[prompt.key] = ({token: column for column, token in enumerate(tokens)}, block)
@@ -75,6 +72,12 @@ class TransformersEngine:
             Generation(p.key, tuple(answer), tuple(lp), "stop" if answer[-1] in ends else "length")
             for p, answer, lp in zip(prompts, answers, logprobs, strict=True)
         ]
+
+    def _wanted(self, q: int, n: int) -> list[int]:
+        """Token indices that some position may mean: no more than the ring was sized for."""
+        offsets = positions.answer_rows(self._request.positions)
+        answer = range(q, n) if offsets is None else [q + k for k in sorted(offsets) if q + k < n]
+        return [*positions.prompt_rows(self._request.positions, q), *answer]
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Greedy answers, end-of-sequence token included."""

@@ -247,3 +247,19 @@ def test_without_transformers_the_error_says_what_to_install(tiny_model, tmp_pat
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CaptureError, match=r"install `hiddenlake\[vllm\]` or `hiddenlake\[transformers\]`"):
         capture(tiny_model, tmp_path / "x")
+
+
+def test_early_positions_keep_few_rows_and_the_same_numbers(tiny_model, tmp_path):
+    """Where no position waits for the end of the answer, only the rows that it names are kept."""
+    from hiddenlake.cache.engines.transformers import TransformersEngine
+
+    names = "last_q,first_answer,second_answer"
+    request = plan_job(tiny_model, Letters(1), sites=["mlp_out"], positions=names).request
+    assert request.rows_per_sample == 3
+    assert TransformersEngine(request)._wanted(10, 40) == [9, 10, 11]
+    capture(tiny_model, tmp_path / "few", positions=names)
+    capture(tiny_model, tmp_path / "all")
+    few, whole = (hiddenlake.open_capture(tmp_path / name) for name in ("few", "all"))
+    for name in names.split(","):
+        found, expected = few.read("mlp_out", position=name), whole.read("mlp_out", position=name)
+        assert np.allclose(found, expected, atol=1e-6, equal_nan=True)
