@@ -10,6 +10,7 @@ import xarray as xr
 
 from hiddenlake.cache.errors import ProbeError, UnknownNameError
 from hiddenlake.cache.identity import digest
+from hiddenlake.cache.positions import ABSENT, POOLS
 from hiddenlake.cache.sites import parse_site
 from hiddenlake.cache.store.reader import open_capture
 from hiddenlake.probing.compat import MAX_TOKENS
@@ -53,7 +54,7 @@ def fit_grid(
     layers, positions : only these; all by default.
 
     The other arguments are those of fit_probes. A cell's samples are those whose token exists and lies in
-    the answer; `last_q` needs no answer. With compat="llmsknow" they are the paper's.
+    the answer; `last_q` and poolings need no answer. With compat="llmsknow" they are the paper's.
 
     Returns the Dataset of fit_probes and, over (layer, position): the number of samples of each class
     (n_correct, n_wrong), the share of them with a valid exact answer (valid_share_correct, ...), and the
@@ -74,7 +75,7 @@ def fit_grid(
     keep = labelled.copy()
     if compat is None:
         in_answer = data.in_answer.transpose("position", "sample").values.astype(bool)
-        mask &= in_answer | (data.position.values == "last_q")[:, None]
+        mask &= in_answer | np.isin(data.position.values.astype(str), ["last_q", *POOLS])[:, None]
     else:
         keep &= data.exact_answer_valid.values.astype(bool) & (data.total_length.values <= MAX_TOKENS)
     positive_name, negative_name = _CLASSES.get(label, ("positive", "negative"))

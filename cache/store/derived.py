@@ -39,7 +39,7 @@ def derived_chunks(
     return {
         files["sample"]: encode_strings(names),
         files["token_index"]: encode_numbers(tokens),
-        files["in_answer"]: encode_numbers(in_answer(tokens, lengths) & (tokens != ABSENT)),
+        files["in_answer"]: encode_numbers(in_answer(layout.coverage.positions, tokens, lengths) & (tokens != ABSENT)),
         files["committed"]: encode_numbers(committed),
     }
 

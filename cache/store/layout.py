@@ -70,7 +70,7 @@ class Coverage:
             raise ValueError(f"sites {self.sites}: expected at least one site, each once")
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise ValueError(f"layers {self.layers}: expected ascending 0-based block indices, each once")
-        if parse_positions(self.positions) != self.positions:
+        if parse_positions(self.positions)[0] != self.positions:
             raise ValueError(f"positions {self.positions}: expected canonical names, each once; use parse_positions")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r}: expected {' or '.join(DTYPES)}")

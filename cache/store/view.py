@@ -77,7 +77,7 @@ def dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
     lengths = table["prompt_length"].to_numpy()
     tokens = np.array(_sequences(table["token_index"]), np.int32).reshape(-1, len(coverage.positions)).T
     variables["token_index"] = (("position", "sample"), tokens)
-    variables["in_answer"] = (("position", "sample"), in_answer(tokens, lengths) & (tokens != ABSENT))
+    variables["in_answer"] = (("position", "sample"), in_answer(coverage.positions, tokens, lengths) & (tokens != ABSENT))
     variables |= {name: ("sample", _values(table[name])) for name in _COLUMNS}
     for name, values in _labels(capture, snapshot).items():
         if name in variables:

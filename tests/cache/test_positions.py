@@ -23,6 +23,7 @@ def sequences(draw: st.DrawFn) -> tuple[int, int, Window]:
 
 
 names = st.lists(st.sampled_from(p.NAMED) | st.integers(-30, 30).map(str), min_size=1, max_size=20)
+mixed = st.lists(st.sampled_from((*p.NAMED, *p.POOLS)) | st.integers(-30, 30).map(str), min_size=1, max_size=20)
 
 
 def meaning(name: str, q: int, n: int, window: Window) -> int:
@@ -67,32 +68,59 @@ def test_absent_is_never_another_token(sequence: tuple[int, int, Window], wanted
             assert token == -1
 
 
-@given(sequences(), names)
-def test_prompt_rows_hold_every_prompt_token_that_can_be_meant(
-    sequence: tuple[int, int, Window], wanted: list[str]
+@given(sequences(), mixed, st.sampled_from([None, "all", "all/3", "all_prompt/2", "all_generated"]))
+def test_every_token_that_can_be_meant_is_wanted(
+    sequence: tuple[int, int, Window], wanted: list[str], part: str | None
 ) -> None:
-    q, _, _ = sequence
-    rows = p.prompt_rows(wanted, q)
-    assert rows == sorted(set(rows)) and all(0 <= row < q for row in rows)
-    index = p.resolve(wanted, *sequence)
-    assert {token for token in index.tolist() if 0 <= token < q} <= set(rows)
-
-
-@given(sequences(), names)
-def test_answer_rows_hold_every_answer_token_that_can_be_meant(
-    sequence: tuple[int, int, Window], wanted: list[str]
-) -> None:
-    q, _, _ = sequence
-    offsets = p.answer_rows(wanted)
-    meant = {token - q for token in p.resolve(wanted, *sequence).tolist() if token >= q}
-    assert offsets is None or meant <= offsets
+    q, n, window = sequence
+    tokens = part and p.Tokens.parse(part)
+    want = p.wanted(wanted, tokens, q)
+    assert list(want.prompt) == sorted(set(want.prompt)) and all(0 <= token < q for token in want.prompt)
+    meant = {token for token in p.resolve(wanted, *sequence).tolist() if token >= 0}
+    meant |= {t for name in wanted if name in p.POOLS and p.POOLS[name][1] != "all" for t in p.span_of(name, q, n, window)}
+    meant |= set(tokens.indices(q, n)) if tokens else set()
+    for token in meant:
+        if token >= q:
+            assert want.answer is None or token - q in want.answer
+        else:
+            pooled = any(name in p.POOLS and p.POOLS[name][1] == "prompt" for name in wanted)
+            assert token in want.prompt or pooled
+    for name in wanted:
+        if name in p.POOLS and p.POOLS[name][1] in ("prompt", "all"):
+            assert p.POOLS[name][0] in want.pools
+    if n - 1 in meant and n > q:
+        assert want.last
 
 
 def test_answer_rows_are_known_for_early_positions_only() -> None:
-    assert p.answer_rows(["last_q"]) == set()
-    assert p.answer_rows(["last_q", "first_answer", "second_answer"]) == {0, 1}
-    for late in (*p.EXACT_ANSWER, "-1", "7"):
-        assert p.answer_rows(["first_answer", late]) is None
+    assert p.wanted(["last_q"], None, 5).answer == []
+    assert p.wanted(["last_q", "first_answer", "second_answer", "7"], None, 5).answer == [0, 1, 2]
+    for late in (*p.EXACT_ANSWER, "-1", "mean_answer", "max_all"):
+        assert p.wanted(["first_answer", late], None, 5).answer is None
+    assert p.wanted(["last_q"], p.Tokens("all_prompt"), 5).answer == []
+    assert p.wanted(["last_q"], p.Tokens("all"), 5).answer is None
+
+
+def test_spans_of_pools() -> None:
+    assert p.span_of("mean_prompt", 5, 9, None) == range(5)
+    assert p.span_of("max_answer", 5, 9, None) == range(5, 9)
+    assert p.span_of("mean_all", 5, 9, None) == range(9)
+    assert p.span_of("mean_exact_answer", 5, 9, (6, 7)) == range(6, 8)
+    assert not p.span_of("mean_exact_answer", 5, 9, None) and not p.span_of("max_answer", 5, 5, None)
+    assert p.resolve(["mean_prompt", "max_answer", "mean_exact_answer"], 5, 5, None).tolist() == [-2, -1, -1]
+
+
+@pytest.mark.parametrize(("text", "indices"), [("all", [0, 1, 2, 3, 4]), ("all_prompt/2", [0, 2]), ("all_generated/2", [3])])
+def test_token_level_parts(text: str, indices: list[int]) -> None:
+    names, tokens = p.parse_positions(["-1", text])
+    assert names == ("-1",) and str(tokens) == text
+    assert list(tokens.indices(3, 5)) == indices
+
+
+@pytest.mark.parametrize("text", ["all/0", "all/x", "all_prompt/-2", "all,all_prompt", "everything"])
+def test_bad_token_level_parts_are_refused(text: str) -> None:
+    with pytest.raises(UnknownNameError):
+        p.parse_positions(text)
 
 
 def test_paper_order_is_frozen() -> None:
@@ -113,7 +141,7 @@ def test_paper_order_is_frozen() -> None:
         "-2",
         "-1",
     )
-    assert p.parse_positions("paper") == p.PAPER
+    assert p.parse_positions("paper") == (p.PAPER, None)
 
 
 def test_rules_version_is_frozen_with_what_it_means() -> None:
@@ -152,9 +180,9 @@ def test_a_window_outside_the_answer_is_refused(window: tuple[int, int]) -> None
 
 
 def test_parse_keeps_the_order_and_drops_repeats() -> None:
-    assert p.parse_positions(" -1, last_q ,-1,007, last_q") == ("-1", "last_q", "7")
-    assert p.parse_positions([-1, 3, "-1"]) == ("-1", "3")
-    assert p.parse_positions(["-1", "paper"])[:2] == ("-1", "last_q")
+    assert p.parse_positions(" -1, last_q ,-1,007, last_q")[0] == ("-1", "last_q", "7")
+    assert p.parse_positions([-1, 3, "-1"])[0] == ("-1", "3")
+    assert p.parse_positions(["-1", "paper"])[0][:2] == ("-1", "last_q")
 
 
 @pytest.mark.parametrize("names", ["", "last", "first_answer,", "1.5", "--1", "LAST_Q", []])
@@ -163,20 +191,15 @@ def test_unknown_positions_are_refused_with_the_known_ones(names: str) -> None:
         p.parse_positions(names)
 
 
-@pytest.mark.parametrize("name", ["all", "all_prompt", "all_generated"])
-def test_token_level_capture_is_refused(name: str) -> None:
-    with pytest.raises(UnknownNameError, match="token-level"):
-        p.parse_positions(name)
-
-
-@given(st.lists(sequences(), min_size=1, max_size=8), names)
+@given(st.lists(sequences(), min_size=1, max_size=8), mixed)
 def test_in_answer(batch: list[tuple[int, int, Window]], wanted: list[str]) -> None:
     index = np.stack([p.resolve(wanted, *sequence) for sequence in batch], axis=1)
-    inside = p.in_answer(index, np.array([q for q, _, _ in batch]))
+    inside = p.in_answer(wanted, index, np.array([q for q, _, _ in batch]))
     assert inside.shape == index.shape and inside.dtype == bool
     for sample, (q, n, _) in enumerate(batch):
-        for position in range(len(wanted)):
-            assert inside[position, sample] == (index[position, sample] in range(q, n))
+        for position, name in enumerate(wanted):
+            pooled = name in p.POOLS and p.POOLS[name][1] in ("answer", "exact_answer") and index[position, sample] == -2
+            assert inside[position, sample] == (index[position, sample] in range(q, n) or pooled)
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([*p.PAPER, "0", "5", "-20"]))
@@ -185,8 +208,8 @@ def test_only_positions_that_may_mean_the_last_token_do(q: int, answer: int, nam
     last = q + answer - 1
     windows = [None, *((a, b) for a in range(q, last + 1) for b in range(a, last + 1))]
     if any(p.resolve([name], q, last + 1, window)[0] == last for window in windows):
-        assert p.may_mean_last_token([name])
+        assert p.wanted([name], None, q).last
 
 
 def test_the_last_prompt_token_needs_no_extra_step() -> None:
-    assert not p.may_mean_last_token(["last_q"])
+    assert not p.wanted(["last_q"], None, 5).last
