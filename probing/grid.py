@@ -71,7 +71,7 @@ def fit_grid(
     if not labelled.any():
         raise ProbeError(f"no sample has a value of {label!r}: add the label, or name another column")
     token_index = data.token_index.transpose("position", "sample").values
-    mask = token_index >= 0
+    mask = token_index != ABSENT
     keep = labelled.copy()
     if compat is None:
         in_answer = data.in_answer.transpose("position", "sample").values.astype(bool)
