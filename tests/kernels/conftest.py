@@ -1,0 +1,41 @@
+"""Where kernels run: compiled on CUDA, else interpreted on the CPU."""
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from hiddenlake.kernels import gather
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[torch.device]:
+    """CUDA, or the CPU with every kernel interpreted for as long as the module's tests run."""
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    # Imported before TRITON_INTERPRET is set: Triton's own functions must stay what other tests expect.
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="no Triton for this platform")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setattr(interpreter, "_convert_float", _rounding(interpreter))
+        gather._jitted.cache_clear()
+        yield torch.device("cpu")
+    gather._jitted.cache_clear()
+
+
+def _rounding(interpreter: ModuleType) -> Callable:
+    """The interpreter's float conversion, but right: it cuts bfloat16 off where hardware rounds to nearest even."""
+    convert, tl = interpreter._convert_float, interpreter.tl
+    types = {tl.bfloat16: ml_dtypes.bfloat16, tl.float32: np.float32}
+
+    def converted(data: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+        if source not in types or target not in types:
+            return convert(data, source, target, mode)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return data.view(types[source]).astype(types[target])
+
+    return converted
