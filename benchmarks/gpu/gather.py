@@ -1,0 +1,232 @@
+"""The gather kernel on CUDA: is it right, and how near to the memory's bandwidth is it?
+
+    python benchmarks/gpu/gather.py [--json FILE]
+
+Every tap of a case runs in one CUDA graph, as in vLLM's decoding, on activations of its own, so that the L2 cache
+holds none of them. Compared with torch's index_select + add + index_copy in a graph of its own, and with the
+device-to-device copy of a large buffer, which is the limit. GB/s count what must be moved: wanted rows, read and
+written once. Rounds are interleaved; an interval is a 90 % bootstrap of the median over the rounds.
+Needs torch and triton only.
+"""
+
+import argparse
+import importlib.util
+import json
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROUNDS = 20
+MEASURED = 0.02  # seconds of one measurement: some hundred replays, far above the resolution of events (0.5 us)
+COPIED = 1 << 29  # bytes of the copied buffer: ten times an H100's L2 cache
+TORCH = "torch index_select + add + index_copy"
+LIMIT = "device-to-device copy (the limit)"
+
+
+@dataclass(frozen=True)
+class Case:
+    """`wanted` of `rows` rows out of `tokens`, for each tap, packed into rows of taps x width of `slots`."""
+
+    name: str
+    tokens: int
+    rows: int
+    wanted: int
+    width: int
+    taps: int
+    residual: bool
+    slots: int
+
+    @property
+    def bytes(self) -> int:
+        return self.taps * self.wanted * self.width * 2 * (3 if self.residual else 2)  # bfloat16
+
+
+CASES = (
+    Case("decode, 256 rows x 4096, 32 layers x 4 sites", 256, 256, 256, 4096, 128, True, 4096),
+    Case("decode, 256 rows x 14336 (mlp_act), 32 layers", 256, 256, 256, 14336, 32, False, 4096),
+    Case("prefill of 8192 tokens, 64 rows x 4096 wanted", 8192, 8192, 64, 4096, 32, True, 8193),
+    Case("prefill of 8192 tokens, all rows x 4096 wanted", 8192, 8192, 8192, 4096, 8, True, 8193),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu/gather.py needs a CUDA device, and torch sees none.")
+    machine = about()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), file=sys.stderr)
+    rows = [row for case in CASES for row in measured(case)] + [host()]
+    print_rows(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+
+
+def kernel():
+    """kernels/gather.py by its path: `import hiddenlake` asks for packages that a GPU machine may lack."""
+    path = Path(__file__).parents[2] / "kernels" / "gather.py"
+    spec = importlib.util.spec_from_file_location("gather", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gather = kernel()
+
+
+def make(case: Case) -> list[tuple]:
+    """The arguments of gather_rows for every tap, random activations. The last slot is never wanted."""
+    make_random = partial(torch.randn, case.tokens, case.width, device="cuda", dtype=torch.bfloat16)
+    rows = torch.zeros(case.rows, dtype=torch.int64, device="cuda")
+    rows[: case.wanted] = torch.randperm(case.tokens, device="cuda")[: case.wanted]
+    slots = torch.full_like(rows, case.slots - 1)
+    slots[: case.wanted] = torch.randperm(case.slots - 1, device="cuda")[: case.wanted]
+    count = torch.tensor([case.wanted], device="cuda")
+    out = torch.full((case.slots, case.taps * case.width), torch.nan, dtype=torch.bfloat16, device="cuda")
+    return [
+        (make_random(), make_random() if case.residual else None, rows, slots, count, out, tap * case.width)
+        for tap in range(case.taps)
+    ]
+
+
+def torch_way(hidden, residual, rows, slots, count, out, offset) -> None:
+    """All rows, since a graph's shapes are fixed: padding is row 0, and lands in the slot that nobody reads."""
+    selected = hidden.index_select(0, rows)
+    if residual is not None:
+        selected += residual.index_select(0, rows)
+    out.narrow(1, offset, hidden.shape[1]).index_copy_(0, slots, selected)
+
+
+def check(case: Case, taps: list[tuple]) -> None:
+    """Every bit of out, which was NaN everywhere, is what the reference makes of it."""
+    expected = torch.empty(case.slots, case.width, dtype=torch.bfloat16, device="cuda")
+    for hidden, residual, rows, slots, count, out, offset in taps:
+        gather.gather_rows_reference(hidden, residual, rows, slots, count, expected.fill_(torch.nan), 0)
+        found = out.narrow(1, offset, case.width)
+        differs = found.view(torch.int16) != expected.view(torch.int16)
+        if differs.any():
+            r, c = differs.nonzero()[0].tolist()
+            sys.exit(f"{case.name}: wrong at row {r}, column {offset + c}: {found[r, c]}, expected {expected[r, c]}.")
+
+
+def measured(case: Case) -> list[dict]:
+    """Two rows: against torch, and against the limit."""
+    taps = make(case)
+    ours = captured(gather.gather_rows, taps)
+    taps[0][5].fill_(torch.nan)
+    ours()
+    check(case, taps)
+    source = torch.empty(COPIED, dtype=torch.uint8, device="cuda").random_()
+    copy = partial(torch.empty_like(source).copy_, source)
+    times = in_turns(ours, captured(torch_way, taps), copy)
+    moved = (case.bytes, case.bytes, 2 * COPIED)
+    a, b, limit = ([m / t / 1e9 for t in each] for m, each in zip(moved, times, strict=True))
+    us = statistics.median(times[0]) / case.taps * 1e6
+    return [
+        row(f"{case.name}, GB/s", a, b, TORCH, [x / y for x, y in zip(a, b, strict=True)], goal=1.0, us_a_tap=us),
+        row(f"{case.name}, GB/s", a, limit, LIMIT, [x / y for x, y in zip(a, limit, strict=True)], us_a_tap=us),
+    ]
+
+
+def host() -> dict:
+    """Outside a graph (long prefills) the host pays for every launch."""
+    taps = make(Case("", 8, 8, 8, 4096, 100, True, 16))
+    times: tuple[list[float], list[float]] = ([], [])
+    for k in range(ROUNDS + 1):
+        for function, kept in zip((gather.gather_rows, torch_way), times, strict=True):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for tap in taps:
+                function(*tap)
+            if k:
+                kept.append((time.perf_counter() - start) / len(taps) * 1e6)
+    return row("one call outside a graph, us of the host", *times, TORCH, [b / a for a, b in zip(*times, strict=True)])
+
+
+def captured(function: Callable, taps: list[tuple]) -> Callable[[], None]:
+    """A CUDA graph of the function on every tap, called once before, as vLLM does."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for tap in taps:
+            function(*tap)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for tap in taps:
+            function(*tap)
+    return graph.replay
+
+
+def in_turns(*works: Callable[[], object]) -> list[list[float]]:
+    """Seconds of one call of each, in rotated order."""
+    repeats = [max(1, round(MEASURED / seconds(work, 3))) for work in works]
+    times: list[list[float]] = [[] for _ in works]
+    for k in range(ROUNDS):
+        order = [*range(k % len(works), len(works)), *range(k % len(works))]
+        for i in order:
+            times[i].append(seconds(works[i], repeats[i]))
+    return times
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """Device seconds of one call, after one that is not counted."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    work()
+    start.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def row(case, ours, rival, rival_name, ratios, goal=None, us_a_tap=None) -> dict:
+    """ratio > 1 means that ours is better; the goal is met when the interval's lower end meets it."""
+    chance = random.Random(0)
+    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(2000))
+    low, high = medians[100], medians[-101]
+    return {
+        "case": case, "ours": statistics.median(ours), "rival": statistics.median(rival), "rival_name": rival_name,
+        "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high,
+        "goal": goal, "met": None if goal is None else low >= goal, "us_a_tap": us_a_tap,
+    }  # fmt: skip
+
+
+def print_rows(rows: list[dict]) -> None:
+    print("| what | hiddenlake | us a tap | compared with | ratio (90 % interval) | goal |")
+    print("|---|---|---|---|---|---|")
+    for r in rows:
+        us = "" if r["us_a_tap"] is None else f"{r['us_a_tap']:.2f}"
+        goal = "" if r["goal"] is None else f"{r['goal']:.2f}, {'met' if r['met'] else 'NOT met'}"
+        ratio = f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
+        print(f"| {r['case']} | {r['ours']:.4g} | {us} | {r['rival']:.4g}, {r['rival_name']} | {ratio} | {goal} |")
+
+
+def about() -> dict[str, str]:
+    import triton
+
+    smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = "unknown (no nvidia-smi)"
+    if shutil.which(smi[0]):
+        driver = subprocess.run(smi, capture_output=True, text=True, check=True).stdout.split()[0]
+    return {
+        "GPU": torch.cuda.get_device_name(),
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()
