@@ -1,6 +1,7 @@
 """The store: one capture's shards, commits and samples on disk, written, read, viewed and verified."""
 
-from hiddenlake.cache.store.layout import Coverage, shard_samples
+from hiddenlake.cache.store.coverage import Coverage
+from hiddenlake.cache.store.layout import shard_samples
 from hiddenlake.cache.store.reader import Capture, open_capture
 from hiddenlake.cache.store.shard import Shard, attach
 from hiddenlake.cache.store.writer import Writer, open_writer

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 import google_crc32c
 import numpy as np
@@ -25,8 +26,7 @@ from hiddenlake.cache.errors import StoreError
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again; it resumes what is committed",
     errno.EDQUOT: "the quota is used up: free some space and run the same command again; it resumes what is committed",
-    errno.EIO: "the disk reported an error: check it (dmesg), then run the same command again; "
-    "what is committed stays",
+    errno.EIO: "the disk reported an error: check it (dmesg), then run the same command again; what is committed stays",
     errno.EROFS: "the file system is read-only: name a folder that can be written",
     errno.EACCES: "permission is missing: name a folder that you may write, or change its owner",
     errno.EPERM: "permission is missing: name a folder that you may write, or change its owner",
@@ -245,7 +245,7 @@ class FileLock:
             os.close(self.descriptor)
             self.descriptor = None
 
-    def __enter__(self) -> "FileLock":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,4 +1,4 @@
-"""The layout of one capture: its coverage, its arrays, where each byte of a shard lies, its Zarr v3 metadata.
+"""The layout of one capture: its arrays, where each byte of a shard lies, its Zarr v3 metadata.
 
 L layers, P positions, N samples, B samples a shard, W width of a site. Nothing here touches a file.
 """
@@ -11,17 +11,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from hiddenlake.cache.errors import CorruptError, StoreError, UnknownNameError
-from hiddenlake.cache.positions import parse_positions
+from hiddenlake.cache.errors import CorruptError, StoreError
+from hiddenlake.cache.positions import POOLS
 from hiddenlake.cache.sites import SITES
+from hiddenlake.cache.store.coverage import DTYPES, EMBED, Coverage
 from hiddenlake.cache.store.files import crc32c
 
 FORMAT_VERSION = 1
 
-EMBED = "embed"
 ROW_CRC = "row_crc"
 
 # Every inner chunk starts on a page, as direct and GPU-direct reads want it.
@@ -33,82 +32,12 @@ CHUNK_BYTES = 256 * 1024
 # One buffer fills while the other is written.
 BUFFERS = 2
 
-# name -> (bits as the store moves them, the values' type, the quiet NaN of absent cells)
-DTYPES = {
-    "bfloat16": (np.dtype("<u2"), np.dtype(ml_dtypes.bfloat16), 0x7FC0),
-    "float32": (np.dtype("<f4"), np.dtype("<f4"), np.nan),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Coverage:
-    """Which cells a capture holds: a full box of layers x positions for each site, and `embed` always.
-
-    sites : names of sites that have layers, in the order of the site table.
-    layers : 0-based block indices, ascending.
-    positions : names, in the order of the store's position axis.
-    widths : last axis of each site, in elements. `embed` may be left out: it is as wide as the other hidden states.
-    dtype : `bfloat16` or `float32`, as stored.
-
-    Raises ValueError (UnknownNameError for a name that does not exist).
-    """
-
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
-    positions: tuple[str, ...]
-    widths: dict[str, int]
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        for name in ("sites", "layers", "positions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        layered = [site for site in SITES if SITES[site].layered]
-        for site in self.sites:
-            if site not in layered:
-                raise UnknownNameError(f"site {site!r} cannot be covered: expected one of {', '.join(layered)}")
-        if not self.sites or len(set(self.sites)) != len(self.sites):
-            raise ValueError(f"sites {self.sites}: expected at least one site, each once")
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            raise ValueError(f"layers {self.layers}: expected ascending 0-based block indices, each once")
-        if parse_positions(self.positions)[0] != self.positions:
-            raise ValueError(f"positions {self.positions}: expected canonical names, each once; use parse_positions")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r}: expected {' or '.join(DTYPES)}")
-        hidden = {site: self.widths[site] for site in self.sites if site in self.widths}
-        widths = {site: int(width) for site, width in ({EMBED: next(iter(hidden.values()), 0)} | self.widths).items()}
-        if set(widths) != {EMBED, *self.sites}:
-            raise ValueError(f"widths are of {sorted(self.widths)}: expected one for each of {list(self.sites)}")
-        by_kind: dict[str, set[int]] = {}
-        for site, width in widths.items():
-            by_kind.setdefault(SITES[site].width, set()).add(width)
-        if any(len(found) > 1 or min(found) < 1 for found in by_kind.values()):
-            raise ValueError(f"widths {widths}: expected one positive width for all sites of a kind")
-        object.__setattr__(self, "widths", {site: widths[site] for site in (EMBED, *self.sites)})
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "sites": list(self.sites),
-            "layers": list(self.layers),
-            "positions": list(self.positions),
-            "widths": dict(self.widths),
-            "dtype": self.dtype,
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Coverage":
-        return cls(
-            tuple(data["sites"]), tuple(data["layers"]), tuple(data["positions"]), dict(data["widths"]), data["dtype"]
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.sites, self.layers, self.positions, tuple(self.widths.items()), self.dtype))
-
 
 @dataclass(frozen=True)
 class ShardFile:
     """Where the bytes of one shard of one activation array lie.
 
-    outer : chunks of a shard along the leading axes, (L, P), or (P,) for `embed`.
+    outer : chunks of a shard along the leading axes, (L, P), or (P,) for a site without layers.
     samples : B.  width : W.  dtype : name.
 
     The file is the chunks, each (B, W) with its crc32c and then zeros up to the next page, and the index.
@@ -247,13 +176,14 @@ class Layout:
                 (*file.outer, N), "uint32", (*file.outer, B), 0, (*_outer_names(site), "sample"), _BYTES,
                 "crc32c of each row's bytes",
             )  # fmt: skip
+        if L:
+            documents["layer"] = _array((L,), "int64", (L,), 0, ("layer",), _BYTES, "0-based block index")
+        # Captures without poolings keep the words that they were made with.
+        token = "index into prompt + answer, -1 if absent" + ", -2 if pooled" * any(p in POOLS for p in c.positions)
         documents |= {
-            "layer": _array((L,), "int64", (L,), 0, ("layer",), _BYTES, "0-based block index"),
             "position": _array((P,), "string", (P,), "", ("position",), _STRINGS, "named token"),
             "sample": _array((N,), "string", (B,), "", ("sample",), _STRINGS, "sample key, empty in a free slot"),
-            "token_index": _array(
-                (P, N), "int32", (P, B), -1, ("position", "sample"), _BYTES, "index into prompt + answer, -1 if absent"
-            ),
+            "token_index": _array((P, N), "int32", (P, B), -1, ("position", "sample"), _BYTES, token),
             "in_answer": _array(
                 (P, N), "bool", (P, B), False, ("position", "sample"), _BYTES, "whether the token lies in the answer"
             ),
@@ -280,11 +210,9 @@ class Layout:
 
     def coordinates(self) -> dict[str, bytes]:
         """Files of the two coordinates that never change."""
-        layers = np.asarray(self.coverage.layers, "<i8").tobytes()
-        return {
-            "layer/c.0": layers + crc32c(layers).to_bytes(4, "little"),
-            "position/c.0": encode_strings(self.coverage.positions),
-        }
+        c = self.coverage
+        layers = {"layer/c.0": encode_numbers(np.asarray(c.layers, "<i8"))} if c.layers else {}
+        return layers | {"position/c.0": encode_strings(c.positions)}
 
 
 def encode_strings(values: tuple[str, ...] | list[str]) -> bytes:

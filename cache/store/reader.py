@@ -11,7 +11,8 @@ import numpy as np
 from hiddenlake.cache.errors import CorruptError, StoreError, UnknownNameError
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.commits import Commit, list_commits, read_checked, read_commit, remedy
-from hiddenlake.cache.store.layout import DTYPES, Coverage, Layout
+from hiddenlake.cache.store.coverage import DTYPES, Coverage
+from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.ranges import ShardRead, read_shards
 from hiddenlake.cache.store.root import Root, read_root
 from hiddenlake.cache.store.tables import decode, failure_schema, sample_schema
@@ -62,7 +63,7 @@ class Snapshot:
     ) -> np.ndarray:
         """Cells by number along each axis.
 
-        outer : indices along layer and position (position alone for `embed`), any order, repeats allowed.
+        outer : indices along layer and position (position alone for a site without layers), any order, repeats allowed.
         rows : (sample,) rows in task order.
 
         Returns (*outer, sample, width): ml_dtypes.bfloat16 or float32. Raises CorruptError.
@@ -193,14 +194,14 @@ class Capture:
     ) -> np.ndarray:
         """Activations, checked against their checksums.
 
-        site : a site of the coverage, or `embed`, which has no layer.
+        site : a site of the coverage, or `embed`.
         layer : block index, or several, or None for all.
         position : name, or several, or None for all.
         samples : key, or row in task order, or several of either, or None for all.
         dtype : `stored` for what is on disk (ml_dtypes.bfloat16 or float32), `float32` for it widened exactly.
         check : False skips the checksums, for measurements only.
 
-        Returns (layer, position, sample, width), (position, sample, width) for `embed`; a single layer,
+        Returns (layer, position, sample, width), (position, sample, width) for a site without layers; a single layer,
         position or sample loses its axis. A cell whose token is absent is NaN.
 
         Raises UnknownNameError for what was not captured, naming what was; CorruptError where the bytes are

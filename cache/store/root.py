@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hiddenlake.cache.errors import CorruptError, IdentityError, StoreError
-from hiddenlake.cache.store.layout import FORMAT_VERSION, Coverage, Layout, check_signed, sign, to_json_bytes
+from hiddenlake.cache.store.coverage import Coverage
+from hiddenlake.cache.store.layout import FORMAT_VERSION, Layout, check_signed, sign, to_json_bytes
 
 FILE = "zarr.json"
 

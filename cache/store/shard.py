@@ -14,8 +14,9 @@ import google_crc32c
 import numpy as np
 
 from hiddenlake.cache.errors import StoreError
+from hiddenlake.cache.store.coverage import DTYPES
 from hiddenlake.cache.store.files import crc32c
-from hiddenlake.cache.store.layout import DTYPES, Layout, ShardFile
+from hiddenlake.cache.store.layout import Layout, ShardFile
 
 # Mappings of other processes' buffers that a process keeps: two buffers x a few sites x a few writers.
 _MAPPINGS = 64
@@ -29,7 +30,7 @@ class ShardBuffer:
     """Memory for one shard of every site, reused for shard after shard: a slot is cleared before it is handed out.
 
     images : site -> the file's bytes.  views : site -> (layer, position, sample, width) of bits, or
-    (position, sample, width) for `embed`; uint16 for bfloat16, else float32.
+    (position, sample, width) for a site without layers; uint16 for bfloat16, else float32.
     checksums : site -> crc32c of each row, uint32 (layer, position, sample) or (position, sample).
     """
 
@@ -136,8 +137,8 @@ def attach(handle: dict[str, Any]) -> dict[str, np.ndarray]:
 
     handle : `Shard.handle`, maybe after a trip through JSON.
 
-    Returns site -> bits, (layer, position, sample, width), or (position, sample, width) for `embed`;
-    uint16 for bfloat16, else float32. Mappings are kept, so that attaching to each shard costs nothing.
+    Returns site -> bits, (layer, position, sample, width), or (position, sample, width) for a site without
+    layers; uint16 for bfloat16, else float32. Mappings are kept, so that attaching to each shard costs nothing.
 
     Raises StoreError when the process or its buffer is gone.
     """

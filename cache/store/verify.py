@@ -194,9 +194,10 @@ def _check_samples(name: str, layout: Layout, commit: Commit, table: Any) -> Ite
             yield Problem(name, None, f"sample {row['key']}: its token ids do not have its checksum")
         if row["total_length"] != len(row["token_ids"]) or not 1 <= row["prompt_length"] <= row["total_length"]:
             yield Problem(name, None, f"sample {row['key']}: its lengths do not fit its token ids")
-        index = row["token_index"]
-        if len(index) != len(layout.coverage.positions) or any(not ABSENT <= i < row["total_length"] for i in index):
-            yield Problem(name, None, f"sample {row['key']}: token_index {index} is outside of its tokens")
+        try:
+            layout.coverage.check_token_index(row["token_index"], row["total_length"])
+        except ValueError as error:
+            yield Problem(name, None, f"sample {row['key']}: {error}")
 
 
 def _check_data(path: Path, layout: Layout, commit: Commit, site: str, tokens: np.ndarray | None) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from xarray.core import indexing
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.positions import ABSENT, in_answer
 from hiddenlake.cache.sites import SITES
-from hiddenlake.cache.store.layout import DTYPES
+from hiddenlake.cache.store.coverage import DTYPES
 from hiddenlake.cache.store.reader import Capture, Dtype, Snapshot, samples_of
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ def dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
 
     Returns a Dataset with the coordinates layer (int), position (name) and sample (key), and the variables
 
-        each site                (layer, position, sample, hidden), lazy; NaN where the token is absent
-        embed                    (position, sample, hidden), lazy
-        token_index, in_answer   (position, sample) int32, -1 where absent; bool
+        each site                (layer, position, sample, hidden), lazy; NaN where the token is absent. `embed` and
+                                 `final_norm` have no layer; the last axis of `attn_z` and `mlp_act` is named like them
+        token_index, in_answer   (position, sample) int32, -1 where absent, -2 where pooled; bool
         index, group, correct... (sample,) the columns of samples/; token_ids, logprobs, answers hold sequences,
                                  and exact_answer is null (xarray's NaN) where none was found
         <name>                   (sample,) labels/<name>.parquet; <name>_<column> where it has several columns
@@ -77,17 +77,18 @@ def dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
     lengths = table["prompt_length"].to_numpy()
     tokens = np.array(_sequences(table["token_index"]), np.int32).reshape(-1, len(coverage.positions)).T
     variables["token_index"] = (("position", "sample"), tokens)
-    variables["in_answer"] = (("position", "sample"), in_answer(coverage.positions, tokens, lengths) & (tokens != ABSENT))
+    variables["in_answer"] = (
+        ("position", "sample"),
+        in_answer(coverage.positions, tokens, lengths) & (tokens != ABSENT),
+    )
     variables |= {name: ("sample", _values(table[name])) for name in _COLUMNS}
     for name, values in _labels(capture, snapshot).items():
         if name in variables:
             raise BadInputError(f"labels/{name}.parquet: the capture has a variable {name!r} already: rename the file")
         variables[name] = ("sample", values)
-    coordinates = {
-        "layer": np.array(coverage.layers, np.int64),
-        "position": np.array(coverage.positions, dtype=object),
-        "sample": snapshot.keys,
-    }
+    coordinates = {"position": np.array(coverage.positions, dtype=object), "sample": snapshot.keys}
+    if coverage.layers:
+        coordinates["layer"] = np.array(coverage.layers, np.int64)
     attributes = _flat(capture.identity) | {"capture": str(capture.path)}
     return xr.Dataset(variables, coordinates, attributes)
 

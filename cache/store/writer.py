@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,9 +20,10 @@ from hiddenlake.cache.store import claims as _claims
 from hiddenlake.cache.store import layout as _layout
 from hiddenlake.cache.store.claims import Claims
 from hiddenlake.cache.store.commits import Commit, FileRecord, list_commits, read_commit
+from hiddenlake.cache.store.coverage import Coverage
 from hiddenlake.cache.store.derived import derived_chunks, rebuild
 from hiddenlake.cache.store.files import crc32c, create_folder, write_atomic
-from hiddenlake.cache.store.layout import BUFFERS, Coverage, Layout, check_buffers, encode_numbers
+from hiddenlake.cache.store.layout import BUFFERS, Layout, check_buffers, encode_numbers
 from hiddenlake.cache.store.root import Root, read_root
 from hiddenlake.cache.store.shard import Shard, ShardBuffer
 from hiddenlake.cache.store.tables import encode_failures, encode_samples
@@ -125,7 +126,7 @@ class Writer:
             raise
         self._publisher = ThreadPoolExecutor(1, "hiddenlake-publisher")
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
@@ -194,11 +195,7 @@ class Writer:
         Raises CaptureError where a cell whose token is present is not finite, or one that is absent is not
         NaN; the slot is then still handed out, to be filled again or released.
         """
-        if len(sample.token_index) != len(self.coverage.positions):
-            raise ValueError(f"token_index has {len(sample.token_index)} entries for {self.coverage.positions}")
-        outside = [index for index in sample.token_index if not ABSENT <= index < sample.total_length]
-        if outside:
-            raise ValueError(f"token_index {outside} is outside of the sample's {sample.total_length} tokens")
+        self.coverage.check_token_index(sample.token_index, sample.total_length)
         with self._lock:
             self._check()
             filling = self._filling_of(shard, slot)

@@ -40,8 +40,8 @@ def tiny():
 def expected(tiny):
     """site -> bits of samples 0 to n, (layer, position, sample, width) or (position, sample, width)."""
 
-    def expect(samples, dtype="bfloat16"):
-        every = [tiny.rows(i, dtype) for i in (range(samples) if isinstance(samples, int) else samples)]
+    def expect(samples, coverage):
+        every = [tiny.rows(i, coverage) for i in (range(samples) if isinstance(samples, int) else samples)]
         return {site: np.stack([rows[site] for rows in every], axis=-2) for site in every[0]}
 
     return expect
@@ -58,7 +58,7 @@ def assert_holds(tiny, expected):
         if complete is not None:
             assert numbers == list(range(complete))
         if numbers:
-            every = expected(numbers, capture.coverage.dtype)
+            every = expected(numbers, capture.coverage)
             for site in capture.coverage.widths:
                 bits = np.ascontiguousarray(every[site])
                 assert np.array_equal(capture.read(site).view(np.uint8), bits.view(np.uint8))

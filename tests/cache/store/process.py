@@ -9,8 +9,9 @@ import time
 import ml_dtypes
 import numpy as np
 
-from hiddenlake.cache.positions import resolve
+from hiddenlake.cache.positions import ABSENT, resolve
 from hiddenlake.cache.samples import Sample
+from hiddenlake.cache.sites import SITES as ALL_SITES
 from hiddenlake.cache.store import Coverage, open_writer
 from hiddenlake.cache.store.layout import encode_strings
 from hiddenlake.cache.store.tables import encode_samples
@@ -19,47 +20,56 @@ SITES = ("mlp_out", "resid_post")
 LAYERS = (0, 2, 5)
 POSITIONS = ("last_q", "exact_answer_first", "second_answer", "-1")
 WIDTH = 24
+WIDTHS = {"hidden": WIDTH, "attn_z": 40, "mlp_act": 56}
 IDENTITY = {"model": {"name": "tiny", "revision": "abc"}, "task": "numbers", "seed": 0}
 
 
-def coverage(dtype="bfloat16", sites=SITES):
-    return Coverage(sites, LAYERS, POSITIONS, dict.fromkeys(sites, WIDTH), dtype)
+def coverage(dtype="bfloat16", sites=SITES, positions=POSITIONS):
+    widths = {site: WIDTHS[ALL_SITES[site].width] for site in ("embed", *sites)}
+    return Coverage(sites, LAYERS, positions, widths, dtype)
 
 
 def key(i):
     return f"key-{i:04d}"
 
 
-def sample(i):
+def sample(i, positions=POSITIONS):
     prompt, answer = 3 + i % 4, 1 + i % 5
     exact = (prompt, prompt) if i % 3 else None
     total = prompt + answer
     return Sample(
         key(i), i // 2, i % 2, f"group {i % 3}", f"prompt é {i}", f"answer {i}", ("a", "b"), i % 2 == 0,
         "a" if exact else None, exact is not None, tuple(range(i, i + total)), tuple([-0.25] * answer),
-        prompt, total, "stop", tuple(resolve(POSITIONS, prompt, total, exact).tolist()),
+        prompt, total, "stop", tuple(resolve(positions, prompt, total, exact).tolist()),
     )  # fmt: skip
 
 
-def rows(i, dtype="bfloat16"):
-    """site -> bits (layer, position, width), or (position, width) for embed; NaN where the token is absent."""
-    rng = np.random.default_rng(i)
+def bits(i, kind, site, shape, dtype):
+    values = np.random.default_rng([i, kind, list(ALL_SITES).index(site)]).normal(size=shape).astype(np.float32)
+    return values if dtype == "float32" else values.astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+def rows(i, c=None):
+    """site -> bits (layer, position, width), or (position, width) without layers; NaN where the token is absent."""
+    c = c or coverage()
+    absent = np.array(sample(i, c.positions).token_index) == ABSENT
     found = {}
-    for site in (*SITES, "embed"):
-        shape = (len(POSITIONS), WIDTH) if site == "embed" else (len(LAYERS), len(POSITIONS), WIDTH)
-        values = rng.normal(size=shape).astype(np.float32)
-        values[..., np.array(sample(i).token_index) < 0, :] = np.nan
-        found[site] = values if dtype == "float32" else values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    for site, width in c.widths.items():
+        outer = (len(c.layers),) if ALL_SITES[site].layered else ()
+        found[site] = bits(i, 0, site, (*outer, len(c.positions), width), c.dtype)
+        found[site][..., absent, :] = 0x7FC0 if c.dtype == "bfloat16" else np.nan
     return found
 
 
 def add(writer, i):
+    c = writer.coverage
     shard, slot = writer.slot()
-    present = np.array(sample(i).token_index) >= 0
-    bits = rows(i, writer.coverage.dtype)
+    one = sample(i, c.positions)
+    present = np.array(one.token_index) != ABSENT
+    cells = rows(i, c)
     for site, view in shard.views.items():
-        view[..., present, slot, :] = bits[site][..., present, :]
-    writer.add(shard, slot, sample(i))
+        view[..., present, slot, :] = cells[site][..., present, :]
+    writer.add(shard, slot, one)
 
 
 def open_tiny(path, samples, shard_samples=4, dtype="bfloat16", **settings):
@@ -67,11 +77,11 @@ def open_tiny(path, samples, shard_samples=4, dtype="bfloat16", **settings):
     return open_writer(path, planned=samples, shard_samples=shard_samples, **settings)
 
 
-def write(path, samples, shard_samples=4, dtype="bfloat16", seconds=0.0, sites=SITES):
+def write(path, samples, shard_samples=4, dtype="bfloat16", seconds=0.0, **settings):
     """Write what is missing of samples 0 to `samples`, in an order that is not the task's."""
     keys = [key(i) for i in range(samples)]
     number = {name: i for i, name in enumerate(keys)}
-    with open_tiny(path, samples, shard_samples, coverage=coverage(dtype, sites)) as writer:
+    with open_tiny(path, samples, shard_samples, dtype, **settings) as writer:
         while chosen := writer.reserve(keys, 5):
             for name in reversed(chosen):
                 add(writer, number[name])

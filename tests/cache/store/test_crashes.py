@@ -101,7 +101,7 @@ def test_a_disk_that_fails_at_any_operation_loses_nothing(tiny, tmp_path, monkey
     def write(path, disk=os):
         with monkeypatch.context() as patch:
             patch.setattr(files, "os", disk)
-            tiny.write(path, 3, shard_samples=2, sites=("mlp_out",))
+            tiny.write(path, 3, shard_samples=2, coverage=tiny.coverage(sites=("mlp_out",)))
 
     counting = Disk(kinds, number, sys.maxsize)
     write(tmp_path / "counted", counting)

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from hiddenlake.cache.errors import StoreError, UnknownNameError
 from hiddenlake.cache.positions import PAPER
-from hiddenlake.cache.store.layout import ALIGNMENT, CHUNK_BYTES, Coverage, Layout, ShardFile, shard_samples
+from hiddenlake.cache.store.coverage import Coverage
+from hiddenlake.cache.store.layout import ALIGNMENT, CHUNK_BYTES, Layout, ShardFile, shard_samples
 
 
 def box(layers, hidden, dtype="bfloat16", positions=PAPER):

@@ -21,7 +21,7 @@ def capture(request, tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truth(capture, expected):
-    return expected(SAMPLES, capture.coverage.dtype)
+    return expected(SAMPLES, capture.coverage)
 
 
 def axis(values):

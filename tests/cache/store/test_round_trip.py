@@ -52,7 +52,7 @@ def test_zarr_reads_the_same_bits(capture, expected):
     group = zarr.open(capture.path, mode="r")
     assert group.metadata.consolidated_metadata is not None
     slots = slots_of(capture)
-    for site, bits in expected(SAMPLES, capture.coverage.dtype).items():
+    for site, bits in expected(SAMPLES, capture.coverage).items():
         array = group[site]
         assert array.dtype.name == capture.coverage.dtype
         stored = array[...]
@@ -91,7 +91,7 @@ def test_tensorstore_reads_the_same_bits(capture, expected):
         return tensorstore.open(spec).result().read().result()
 
     slots = slots_of(capture)
-    for site, bits in expected(SAMPLES, capture.coverage.dtype).items():
+    for site, bits in expected(SAMPLES, capture.coverage).items():
         assert same_bits(read(site)[..., slots, :], bits)
     assert read("committed").nonzero()[0].tolist() == sorted(slots.tolist())
     assert read("row_crc/mlp_out").dtype == np.uint32

@@ -140,7 +140,7 @@ def test_cells_must_be_finite_where_there_is_a_token_and_absent_elsewhere(tiny, 
         shard, slot = writer.slot()
         with pytest.raises(CaptureError, match="position last_q is not finite"):
             writer.add(shard, slot, tiny.sample(0))
-        for site, bits in tiny.rows(0, dtype).items():
+        for site, bits in tiny.rows(0, tiny.coverage(dtype)).items():
             shard.views[site][..., slot, :] = bits
         view = shard.views["mlp_out"]
         kept = view[1, 3, slot, 5].copy()
@@ -151,7 +151,7 @@ def test_cells_must_be_finite_where_there_is_a_token_and_absent_elsewhere(tiny, 
         view[2, 1, slot, 0] = 0
         with pytest.raises(CaptureError, match="layer 5, position exact_answer_first is there, though"):
             writer.add(shard, slot, tiny.sample(0))
-        view[2, 1, slot] = tiny.rows(0, dtype)["mlp_out"][2, 1]
+        view[2, 1, slot] = tiny.rows(0, tiny.coverage(dtype))["mlp_out"][2, 1]
         writer.add(shard, slot, tiny.sample(0))
     assert verify(tmp_path / "c").ok
 
