@@ -8,15 +8,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hiddenlake.cache import positions as rules
 from hiddenlake.cache.engines.base import Engine, Request
-from hiddenlake.cache.errors import BadInputError
+from hiddenlake.cache.errors import BadInputError, CaptureError
 from hiddenlake.cache.estimate import Estimate, estimate
+from hiddenlake.cache.identity import Sampling
 from hiddenlake.cache.job import GIB, Job, plan_job
+from hiddenlake.cache.placing import Placed, make_sample
 from hiddenlake.cache.samples import Failure, Generation, Prompt, Sample, Task
-from hiddenlake.cache.spans import find_window
+from hiddenlake.cache.store.shard import Shard
 from hiddenlake.cache.store.writer import Writer, open_writer
-from hiddenlake.cache.worker.plan import Placement
 
 # Samples reserved at a time: enough to keep an engine busy, few enough for several writers to share a small task.
 _RESERVE = 64
@@ -75,6 +75,9 @@ def capture(
     engine: str = "vllm",
     dtype: str | None = None,
     max_new_tokens: int = 100,
+    sampling: Sampling = Sampling(),
+    samples: int = 1,
+    lora: str | None = None,
     ring_bytes: int = 2 * GIB,
     buffer_bytes: int = 2 * GIB,
     shard_samples: int | None = None,
@@ -83,12 +86,17 @@ def capture(
 ) -> Summary:
     """Generate an answer to every question of a task and store its activations. Resumes where it stopped.
 
+    Answers that the task gives are not generated but fed (teacher-forced) in one pass.
+
     model : Hugging Face folder, or hub id.
     out : the capture's folder, made if absent. One of another identity or coverage is refused.
     sites, layers, positions : as `hiddenlake.cache.sites` and `positions` parse them.
     engine : `vllm`, or `transformers`, the slower reference.
     dtype : `bfloat16` or `float32`, computed in and stored; default the checkpoint's own.
     max_new_tokens : longest answer, in tokens.
+    sampling : how tokens are chosen; greedy by default.
+    samples : answers a prompt, each a sample of its own. More can be added later.
+    lora : folder of a LoRA adapter, for vLLM.
     ring_bytes : host memory for rows whose positions are not known yet.
     buffer_bytes : host memory for the two shards that are being filled and written.
     shard_samples : samples a shard, which is what a crash can lose; default from `buffer_bytes`.
@@ -107,6 +115,9 @@ def capture(
         positions=positions,
         dtype=dtype,
         max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        samples=samples,
+        lora=lora,
         ring_bytes=ring_bytes,
         options=options,
     )
@@ -119,14 +130,17 @@ def run_job(
     job: Job,
     *,
     out: str | Path,
-    engine: str = "vllm",
+    engine: str | Engine = "vllm",
     buffer_bytes: int = 2 * GIB,
     shard_samples: int | None = None,
     watcher: Watcher | None = None,
 ) -> Summary:
-    """Capture what a job has left to do. See `capture`."""
+    """Capture what a job has left to do. See `capture`.
+
+    engine : a name, or an engine that `start_engine` made for this job's request, which is left running.
+    """
     watcher = watcher or Watcher()
-    if engine not in ENGINES:
+    if isinstance(engine, str) and engine not in ENGINES:
         raise BadInputError(f"engine {engine!r} does not exist: expected {' or '.join(ENGINES)}")
     out = Path(out)
     planned = len(job.prompts) + len(job.too_long)
@@ -149,7 +163,7 @@ def run_job(
             _fail(writer, summary, prompt, cause, attempts=0)
         start = time.perf_counter()
         if pending:
-            running = start_engine(engine, job.request, pending[0].token_ids)
+            running = start_engine(engine, job.request, pending[0].token_ids) if isinstance(engine, str) else engine
             writer.provenance = running.provenance
             start = time.perf_counter()
             try:
@@ -159,7 +173,8 @@ def run_job(
             except KeyboardInterrupt:
                 summary.interrupted = True
             finally:
-                running.close()
+                if running is not engine:
+                    running.close()
     # the writer has published what was complete, interrupted or not
     summary.committed, summary.bytes = writer.published, writer.bytes_written
     summary.seconds = time.perf_counter() - start
@@ -193,31 +208,33 @@ class _Run:
     """One engine and one writer at work on one task."""
 
     def __init__(self, job: Job, engine: Engine, writer: Writer, summary: Summary, watcher: Watcher) -> None:
-        self.task, self.model, self.positions = job.task, job.request.model, job.request.positions
+        self.job, self.model = job, job.request.model
         self.engine, self.writer, self.summary, self.watcher = engine, writer, summary, watcher
         self.sample_bytes = writer.layout.shard_bytes // writer.shard_samples
         self.in_flight: dict[str, Prompt] = {}
+        self.storing: dict[str, tuple[Sample, Shard, int]] = {}
         self.attempts: dict[str, int] = {}
 
     def go(self, pending: Sequence[Prompt]) -> None:
         waiting: deque[Prompt] = deque()
         blocks = self._reserve(pending)
         while True:
-            while self.engine.has_room():
-                if not waiting:
-                    waiting.extend(next(blocks, ()))
-                if not waiting:
+            while waiting or waiting.extend(next(blocks, ())) or waiting:
+                if not self.engine.has_room(waiting[0]):
                     break
-                prompt = waiting.popleft()
-                self.in_flight[prompt.key] = prompt
-                self.engine.submit(prompt)
+                self._submit(waiting.popleft())
             if not self.in_flight:
                 return
+            if len(self.in_flight) == len(self.storing):
+                waiting.extend(self._settle(self.engine.stored(wait=True)))
+                continue
             finished = self.engine.step()
             # never more than a shard's worth at once: two shards are open at most
             while finished:
-                waiting.extend(self._settle(finished[: self.writer.shard_samples]))
-                finished = finished[self.writer.shard_samples :]
+                block, finished = finished[: self.writer.shard_samples], finished[self.writer.shard_samples :]
+                if len(self.storing) + len(block) > self.writer.shard_samples:
+                    waiting.extend(self._settle(self.engine.stored(wait=True)))
+                waiting.extend(self._settle(self._place(block)))
 
     def _reserve(self, pending: Sequence[Prompt]) -> Iterator[list[Prompt]]:
         """Prompts that no other writer works on, a block at a time."""
@@ -229,68 +246,59 @@ class _Run:
             if mine:
                 yield [by_key[key] for key in mine]
 
-    def _settle(self, finished: Sequence[Generation]) -> list[Prompt]:
-        """Store finished samples. Returns the prompts to try again."""
-        placed = []
-        for generation in finished:
-            sample = self._sample(self.in_flight[generation.key], generation)
-            shard, slot = self.writer.slot()
-            placed.append((sample, shard, slot))
-        retry = []
-        for shard in {id(shard): shard for _, shard, _ in placed}.values():
-            mine = [(sample, slot) for sample, s, slot in placed if s is shard]
-            causes = self.engine.store(
-                shard.handle, [Placement(s.key, s.token_ids, s.token_index, slot) for s, slot in mine]
-            )
-            for (sample, slot), cause in zip(mine, causes, strict=True):
-                prompt = self.in_flight.pop(sample.key)
-                if cause is None:
-                    self.writer.add(shard, slot, sample)
-                    self.summary.committed += 1
-                    self.summary.correct += sample.correct
-                    self.summary.tokens += sample.total_length - sample.prompt_length
-                else:
-                    self.writer.release(shard, slot)
-                    tried = self.attempts[sample.key] = self.attempts.get(sample.key, 0) + 1
-                    if tried < _ATTEMPTS:
-                        retry.append(prompt)
-                    else:
-                        _fail(self.writer, self.summary, prompt, cause, tried)
-        self.summary.bytes = self.summary.committed * self.sample_bytes
-        self.watcher.progressed(self.summary)
-        return retry
+    def _submit(self, prompt: Prompt) -> None:
+        self.in_flight[prompt.key] = prompt
+        tokens = None
+        if prompt.given is not None:
+            # all is known of given text, so only what will be stored is kept
+            nothing = (0.0,) * len(prompt.given)
+            _, placed = self._sample(prompt, Generation(prompt.key, prompt.given, nothing, "given"))
+            tokens = placed.tokens_needed()
+        self.engine.submit(prompt, tokens)
 
-    def _sample(self, prompt: Prompt, generation: Generation) -> Sample:
-        answer_ids = generation.answer_ids
-        question = prompt.question
-        answer = self.model.decode_answer(answer_ids)
-        judgement = self.task.judge(question, answer)
-        q = len(prompt.token_ids)
-        n = q + len(answer_ids)
-        window = None
-        if judgement.exact_answer is not None:
-            window = find_window(self.model.decode, answer_ids, judgement.exact_answer)
-        index = rules.resolve(self.positions, q, n, None if window is None else (q + window[0], q + window[1]))
-        status = "complete"
-        if n >= self.model.context and (index == n - 1).any():
-            index[index == n - 1] = rules.ABSENT
-            status = "the context is full: the last token has no activation"
-        return Sample(
-            key=prompt.key,
-            index=question.index,
-            sample_index=prompt.sample_index,
-            group=question.group,
-            prompt=prompt.text,
-            answer=answer,
-            answers=question.answers,
-            correct=judgement.correct,
-            exact_answer=judgement.exact_answer,
-            exact_answer_valid=window is not None,
-            token_ids=(*prompt.token_ids, *answer_ids),
-            logprobs=generation.logprobs,
-            prompt_length=q,
-            total_length=n,
-            finish_reason=generation.finish_reason,
-            token_index=tuple(index.tolist()),
-            status=status,
-        )
+    def _place(self, finished: Sequence[Generation]) -> list[tuple[str, str | None]]:
+        """Give finished samples their places, and start to store them. Returns what has been stored meanwhile."""
+        handles: list[dict[str, Any]] = []
+        number: dict[int, int] = {}
+        placements = []
+        for generation in finished:
+            sample, placed = self._sample(self.in_flight[generation.key], generation)
+            shard, slot = self.writer.slot()
+            if id(shard) not in number:
+                number[id(shard)] = len(handles)
+                handles.append(shard.handle)
+            self.storing[sample.key] = sample, shard, slot
+            placements.append(placed.placement(sample, number[id(shard)], slot))
+        return self.engine.store(handles, placements)
+
+    def _sample(self, prompt: Prompt, generation: Generation) -> tuple[Sample, Placed]:
+        answer = self.model.decode_answer(generation.answer_ids) if generation.text is None else generation.text
+        judgement = self.job.task.judge(prompt.question, answer)
+        return make_sample(self.model, self.job.coverage, prompt, generation, answer, judgement)
+
+    def _settle(self, stored: Sequence[tuple[str, str | None]]) -> list[Prompt]:
+        """Add what has been stored. Returns the prompts to try again."""
+        retry = []
+        for key, cause in stored:
+            prompt = self.in_flight.pop(key)
+            sample, shard, slot = self.storing.pop(key)
+            if cause is None:
+                try:
+                    self.writer.add(shard, slot, sample)
+                except CaptureError as error:  # memory that changed between the worker's check and this one
+                    cause = str(error)
+            if cause is None:
+                self.summary.committed += 1
+                self.summary.correct += bool(sample.correct)
+                self.summary.tokens += sample.total_length - sample.prompt_length
+            else:
+                self.writer.release(shard, slot)
+                tried = self.attempts[key] = self.attempts.get(key, 0) + 1
+                if tried < _ATTEMPTS:
+                    retry.append(prompt)
+                else:
+                    _fail(self.writer, self.summary, prompt, cause, tried)
+        if stored:
+            self.summary.bytes = self.summary.committed * self.sample_bytes
+            self.watcher.progressed(self.summary)
+        return retry

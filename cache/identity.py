@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,67 @@ def digest(value: Any) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Decoding:
-    """How answers are generated: part of the value identity."""
+class Sampling:
+    """How one token is chosen. The default is greedy.
 
-    max_new_tokens: int = 100
-    sampling: str = "greedy"
+    temperature : 0 for greedy.
+    top_p, top_k : as everywhere; 1.0 and 0 for all tokens.
+    seed : of the whole run; each sample has a seed of its own that follows from it, its row and its number.
+    stop : strings that end an answer, which does not show them.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise BadInputError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if not 0 <= self.temperature < math.inf:
+            raise BadInputError(f"temperature is {self.temperature}: expected 0 (greedy) or more")
+        if not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise BadInputError(f"top_p is {self.top_p} and top_k {self.top_k}: expected 0 < top_p <= 1 and top_k >= 0")
+        if not all(self.stop):
+            raise BadInputError("a stop string is empty: every answer would end before it starts")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def seed_of(self, index: int, sample_index: int) -> int | None:
+        """The seed of one sample, below 2**31; None for greedy decoding."""
+        if self.greedy:
+            return None
+        return int(digest([self.seed, index, sample_index])[:8], 16) & 0x7FFFFFFF
+
+    def to_json(self) -> Any:
+        """`greedy`, or the fields that matter."""
+        chosen = {"stop": list(self.stop)} if self.stop else {}
+        if not self.greedy:
+            chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed}
+        return chosen or "greedy"
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How answers come about: part of the value identity.
+
+    max_new_tokens : longest answer, in tokens; 0 for given text, which is fed and not generated.
+    """
+
+    max_new_tokens: int = 100
+    sampling: Sampling = Sampling()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise BadInputError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1, or 0 for given text")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "sampling": self.sampling.to_json() if self.max_new_tokens else "given",
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +112,8 @@ class Identity:
     position_rules: int = positions.RULES_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict: nested dataclasses become objects."""
-        return asdict(self)
+        """A plain dict."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"decoding": self.decoding.to_json()}
 
 
 def sample_key(identity: Identity, prompt_ids: Sequence[int], index: int, sample_index: int) -> str:

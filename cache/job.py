@@ -3,14 +3,16 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hiddenlake.cache import positions as rules
 from hiddenlake.cache.engines.base import Request
-from hiddenlake.cache.identity import Decoding, Identity, sample_key
-from hiddenlake.cache.model import load_model
-from hiddenlake.cache.samples import Prompt, Task
-from hiddenlake.cache.sites import parse_layers, parse_sites
+from hiddenlake.cache.errors import BadInputError
+from hiddenlake.cache.identity import Decoding, Identity, Sampling, sample_key
+from hiddenlake.cache.model import Model, hash_weights, load_model
+from hiddenlake.cache.samples import Prompt, Question, Task
+from hiddenlake.cache.sites import SITES, parse_layers, parse_sites
 from hiddenlake.cache.store.layout import Coverage
 
 GIB = 1 << 30
@@ -41,6 +43,9 @@ def plan_job(
     positions: str | Sequence[str | int] = "paper",
     dtype: str | None = None,
     max_new_tokens: int = 100,
+    sampling: Sampling = Sampling(),
+    samples: int = 1,
+    lora: str | os.PathLike[str] | None = None,
     ring_bytes: int = 2 * GIB,
     options: dict[str, Any] | None = None,
 ) -> Job:
@@ -49,43 +54,95 @@ def plan_job(
     The arguments are those of `hiddenlake.cache.capture.capture`. Raises BadInputError, UnknownNameError.
     """
     known, named_layers = parse_sites(sites)
-    position_names = rules.parse_positions(positions)
-    decoding = Decoding(max_new_tokens)
+    names, tokens = rules.parse_positions(positions)
+    if samples < 1 or (samples > 1 and sampling.greedy):
+        raise BadInputError(
+            f"{samples} samples a prompt at temperature {sampling.temperature}: expected at least 1, and a temperature "
+            f"above 0 for more than one, since greedy answers to one prompt are all the same"
+        )
+    given = _given(task, samples)
+    if max_new_tokens < 1:
+        raise BadInputError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
     source = load_model(model, dtype)
     layer_numbers = parse_layers(named_layers if named_layers is not None else layers, source.n_layers)
     identity = Identity(
         model=source.name,
         weights=source.weights,
         quantization=source.quantization,
-        lora=None,
+        lora=None if lora is None else hash_weights(Path(lora), "adapter_config.json"),
         compute_dtype=source.dtype,
         stored_dtype=source.dtype,
         chat_template=source.chat_template,
         task=task.name,
         judge=task.rules,
-        decoding=decoding,
+        decoding=Decoding(0) if given else Decoding(max_new_tokens, sampling),
     )
-    prompts = []
-    for question in task.questions:
-        text, ids = source.encode(question.question)
-        prompts.append(Prompt(sample_key(identity, ids, question.index, 0), question, 0, text, ids))
+    prompts = [
+        _prompt(source, identity, question, sample_index)
+        for question in task.questions
+        for sample_index in range(samples)
+    ]
     # one position must be left for the first answer token
-    fitting = tuple(p for p in prompts if len(p.token_ids) < source.context)
-    longest = max((len(p.token_ids) for p in fitting), default=1)
+    fitting = tuple(p for p in prompts if _length(p) + (p.given is None) <= source.context)
+    longest = max(map(_length, fitting), default=1)
     return Job(
         task=task,
         identity=identity,
-        coverage=Coverage(known, layer_numbers, position_names, dict.fromkeys((*known, "embed"), source.hidden), source.dtype),
+        coverage=Coverage(
+            known,
+            layer_numbers,
+            names,
+            {site: source.widths[SITES[site].width] for site in (*known, "embed")},
+            source.dtype,
+            **({"tokens": tokens} if tokens else {}),
+        ),
         request=Request(
             model=source,
             sites=known,
             layers=layer_numbers,
-            positions=position_names,
-            max_new_tokens=max_new_tokens,
-            max_length=min(source.context, longest + max_new_tokens),
+            positions=names,
+            tokens=tokens,
+            decoding=identity.decoding,
+            max_length=longest if given else min(source.context, longest + max_new_tokens),
             ring_bytes=ring_bytes,
+            lora=None if lora is None else str(lora),
             options=dict(options or {}),
         ),
         prompts=fitting,
-        too_long=tuple(p for p in prompts if len(p.token_ids) >= source.context),
+        too_long=tuple(p for p in prompts if _length(p) + (p.given is None) > source.context),
     )
+
+
+def _given(task: Task, samples: int) -> bool:
+    """Whether a task's answers are given, which is so for all of them or for none."""
+    count = sum(question.given is not None for question in task.questions)
+    if count not in (0, len(task.questions)):
+        raise BadInputError(
+            f"task {task.name}: {count} of {len(task.questions)} answers are given: expected all or none; make two tasks"
+        )
+    if count and samples > 1:
+        raise BadInputError(f"{samples} samples of given text: it is fed as it is, so expected 1")
+    return bool(count)
+
+
+def _prompt(model: Model, identity: Identity, question: Question, sample_index: int) -> Prompt:
+    if question.given == "":  # a plain text: no turn of a chat
+        text = question.question
+        ids = tuple(model.tokenizer(text)["input_ids"])
+        if not ids:
+            raise BadInputError(f"row {question.index}: the text is empty: expected at least one token")
+    else:
+        text, ids = model.encode(question.question)
+    given = None
+    keyed = ids
+    if question.given is not None:
+        given = tuple(model.tokenizer(question.given, add_special_tokens=False)["input_ids"]) if question.given else ()
+        # a bar that is no token id: the same text split elsewhere is another sample
+        keyed = (*ids, -1, *given)
+    key = sample_key(identity, keyed, question.index, sample_index)
+    return Prompt(key, question, sample_index, text, ids, given)
+
+
+def _length(prompt: Prompt) -> int:
+    """Tokens that are known before anything is generated."""
+    return len(prompt.token_ids) + len(prompt.given or ())

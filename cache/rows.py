@@ -1,59 +1,135 @@
-"""Rows: the taps' order, and the checks that a sample's rows pass before they are stored. Pure NumPy."""
+"""Rows: one token's taps packed side by side, and the checks that rows pass before they are stored. Pure NumPy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from hiddenlake.cache.sites import SITES
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One site's place in a packed row.
+
+    layers : block indices whose values lie there, ascending and consecutive in the coverage; () where the site has none.
+    first : place of the first of them on the store's layer axis.
+    offset : where the block starts in the row, in elements.
+    width : elements a layer, in this process.  column : where they start in the site's whole width, which tensor
+        parallelism splits.
+    """
+
+    site: str
+    layers: tuple[int, ...]
+    first: int
+    offset: int
+    width: int
+    column: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.offset + max(1, len(self.layers)) * self.width
+
+    def layer_offset(self, layer: int) -> int:
+        """Where one layer's values start in the row."""
+        return self.offset + (self.layers.index(layer) * self.width if self.layers else 0)
+
 
 @dataclass(frozen=True, slots=True)
 class TapTable:
-    """Which tap is which row of a tap buffer.
+    """What a packed row holds: the coverage's sites in order, then `embed`, then what only the canary reads.
 
-    The order is site by site, layers ascending, so that one site's rows are contiguous. `embed` follows. The
-    stream leaving the last layer comes last: the canary reads it, and it is stored only if asked for.
+    canary : block of the stream leaving the last layer, or None in a process that does not have it. It may be a layer
+        of a stored block.
+    stored : elements that are stored; those behind them are the canary's own.
     """
 
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
-    n_layers: int
-
-    @property
-    def pairs(self) -> tuple[tuple[str, int], ...]:
-        """(site, layer) of each tap; `embed` has layer 0."""
-        return (
-            *((site, layer) for site in self.sites for layer in self.layers),
-            ("embed", 0),
-            ("resid_post", self.n_layers - 1),
-        )
+    blocks: tuple[Block, ...]
+    canary: Block | None
+    stored: int
 
     def __len__(self) -> int:
-        return len(self.sites) * len(self.layers) + 2
+        """Elements of a row."""
+        return max(self.stored, self.canary.end if self.canary else 0)
 
-    def of_site(self, site: str) -> slice:
-        """The rows of the buffer that hold a site, layers ascending."""
-        if site == "embed":
-            return slice(len(self) - 2, len(self) - 1)
-        first = self.sites.index(site) * len(self.layers)
-        return slice(first, first + len(self.layers))
+    @property
+    def embed(self) -> Block | None:
+        return next((block for block in self.blocks if block.site == "embed"), None)
+
+    def taps(self) -> Iterator[tuple[str, int, int, int]]:
+        """(site, layer, offset, width) of each tap; layer 0 where the site has none."""
+        own = self.canary is not None and self.canary.offset >= self.stored
+        for block in (*self.blocks, *((self.canary,) if own else ())):
+            for layer in block.layers or (0,):
+                yield block.site, layer, block.layer_offset(layer) if block.layers else block.offset, block.width
 
 
-def find_fault(table: TapTable, rows: np.ndarray, embedding: np.ndarray) -> str | None:
+def tap_table(
+    sites: Sequence[str],
+    layers: Sequence[int],
+    widths: Mapping[str, int],
+    n_layers: int,
+    *,
+    owned: range | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> TapTable:
+    """The taps of one process.
+
+    widths : kind of width -> elements, of the whole model.
+    owned : layers of this pipeline stage, all by default.
+    rank, ranks : of tensor parallelism. The residual stream and the modules' outputs are the same on every rank and
+        are taken from rank 0; the inputs of row-parallel projections (`attn_z`, `mlp_act`) are split by columns.
+    """
+    owned = range(n_layers) if owned is None else owned
+    mine = [layer for layer in layers if layer in owned]
+    blocks, offset = [], 0
+    for site in (*sites, "embed"):
+        kind = SITES[site].width
+        split = ranks if kind != "hidden" else 1
+        if split == 1 and rank > 0:
+            continue
+        if SITES[site].layered:
+            place: tuple[int, ...] = tuple(mine)
+            if not place:
+                continue
+        elif (0 if site == "embed" else n_layers - 1) in owned:
+            place = ()
+        else:
+            continue
+        width = widths[kind] // split
+        first = list(layers).index(place[0]) if place else 0
+        blocks.append(Block(site, place, first, offset, width, rank * width if split > 1 else 0))
+        offset = blocks[-1].end
+    canary = None
+    if n_layers - 1 in owned and rank == 0:
+        stream = next((b for b in blocks if b.site == "resid_post" and n_layers - 1 in b.layers), None)
+        at = offset if stream is None else stream.layer_offset(n_layers - 1)
+        canary = Block("resid_post", (n_layers - 1,), 0, at, widths["hidden"])
+    return TapTable(tuple(blocks), canary, offset)
+
+
+def find_fault(table: TapTable, rows: np.ndarray, embedding: np.ndarray | None) -> str | None:
     """Why these rows cannot be a sample's, or None.
 
-    rows : (tap, token, hidden), bfloat16 as uint16 bits, or float32.
-    embedding : (token, hidden), the same type: the embedding of each token that the answer has there.
+    rows : (token, element), bfloat16 as uint16 bits, or float32.
+    embedding : (token, hidden), the same type: what enters block 0 for the token that the answer has there; None in
+        a process that does not have the embedding.
 
     Every value must be finite, and `embed` must be the answer's token's embedding, bit for bit: rows of
     another token or another sample cannot pass.
     """
-    finite = is_finite(rows[: len(table) - 1])
+    finite = is_finite(rows[:, : table.stored])
     if not finite.all():
-        site, layer = table.pairs[int(np.argwhere(~finite)[0][0])]
-        return f"{site} of layer {layer} is not finite: the model overflowed, or a tap did not fire"
-    bits = f"u{rows.itemsize}"
-    if not np.array_equal(rows[table.of_site("embed")][0].view(bits), embedding.view(bits)):
-        return "a row holds another token's activation: its embed is not the embedding of the answer's token"
+        element = int(np.argwhere(~finite)[0][1])
+        block = next(b for b in table.blocks if b.offset <= element < b.end)
+        layer = f" of layer {block.layers[(element - block.offset) // block.width]}" if block.layers else ""
+        return f"{block.site}{layer} is not finite: the model overflowed, or a tap did not fire"
+    if embedding is not None:
+        bits = f"u{rows.itemsize}"
+        block = table.embed
+        if not np.array_equal(rows[:, block.offset : block.end].view(bits), embedding.view(bits)):
+            return "a row holds another token's activation: its embed is not the embedding of the answer's token"
     return None
 
 
@@ -64,19 +140,19 @@ def is_finite(values: np.ndarray) -> np.ndarray:
     return np.isfinite(values)
 
 
-def put_rows(
-    views: Mapping[str, np.ndarray], table: TapTable, rows: np.ndarray, columns: Sequence[int], slot: int
-) -> None:
-    """Copy a sample's rows into its slot of a shard.
+def put_rows(views: Mapping[str, np.ndarray], table: TapTable, rows: np.ndarray, place: tuple) -> None:
+    """Copy packed rows to where they belong in a shard.
 
-    views : per array (layer, position, slot, hidden), `embed` without layer; the type of `rows`.
-    rows : (tap, token, hidden), one token a column.
-    columns : positions that are present; the others keep the NaN that the shard was filled with.
+    views : site -> (layer, *axes, width), without layer where the site has none; the type of `rows`.
+    rows : (token, element).
+    place : index into `axes` that selects as many cells as there are tokens: (positions, slot), or (tokens,).
     """
-    columns = list(columns)
-    for site, view in views.items():
-        block = rows[table.of_site(site)]
-        if site == "embed":
-            view[columns, slot] = block[0]
+    for block in table.blocks:
+        values = rows[:, block.offset : block.end]
+        columns = slice(block.column, block.column + block.width)
+        if block.layers:
+            layers = len(block.layers)
+            target = views[block.site][block.first : block.first + layers, ..., columns]
+            target[(slice(None), *place)] = values.reshape(len(rows), layers, block.width).transpose(1, 0, 2)
         else:
-            view[:, columns, slot] = block
+            views[block.site][..., columns][place] = values

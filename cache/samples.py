@@ -17,6 +17,7 @@ class Question:
     answers : the gold answer and its aliases.
     wrong_answers : other answers that can be recognised in a text, where the task knows them.
     group : samples of one group never lie on both sides of a split.
+    given : the answer, where it is given and not to be generated; "" for a plain text, which is all prompt.
     """
 
     index: int
@@ -24,13 +25,15 @@ class Question:
     answers: tuple[str, ...]
     wrong_answers: tuple[str, ...] = ()
     group: str = ""
+    given: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a judge says of one answer. `exact_answer` is None where none was found."""
+    """What a judge says of one answer. `correct` is None where nothing is right or wrong, `exact_answer` where none was
+    found."""
 
-    correct: bool
+    correct: bool | None
     exact_answer: str | None
 
 
@@ -54,6 +57,7 @@ class Prompt:
     """One generation to be made, with the token ids that the model will really see.
 
     key : the sample's key, known before the answer exists.
+    given : the answer's token ids, where it is given and not to be generated.
     """
 
     key: str
@@ -61,6 +65,7 @@ class Prompt:
     sample_index: int
     text: str
     token_ids: tuple[int, ...]
+    given: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +73,15 @@ class Generation:
     """One answer, as the engine made it: ids with the end-of-sequence token, if there was one.
 
     logprobs : log-probability of each answer token under the model, natural logarithm.
+    text : the answer as its reader sees it, or None where it is what the ids spell; a stop string is cut off from it,
+        and may have ended inside a token.
     """
 
     key: str
     answer_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +100,7 @@ class Sample:
     prompt: str
     answer: str
     answers: tuple[str, ...]
-    correct: bool
+    correct: bool | None
     exact_answer: str | None
     exact_answer_valid: bool
     token_ids: tuple[int, ...]

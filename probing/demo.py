@@ -13,7 +13,7 @@ from rich.table import Table
 
 from hiddenlake.cache.capture import run_job
 from hiddenlake.cache.demo_model import demo_model
-from hiddenlake.cache.engines.vllm import PlainVllm
+from hiddenlake.cache.engines.plain_vllm import PlainVllm
 from hiddenlake.cache.job import plan_job
 from hiddenlake.cache.progress import ProgressBar, counted, size
 from hiddenlake.cache.store.reader import Capture, open_capture

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from hiddenlake.cache import positions
+from hiddenlake.cache.identity import Decoding
 from hiddenlake.cache.model import Model
-from hiddenlake.cache.rows import TapTable
+from hiddenlake.cache.positions import Tokens, wanted
+from hiddenlake.cache.rows import TapTable, tap_table
 from hiddenlake.cache.samples import Generation, Prompt
 from hiddenlake.cache.worker.plan import Placement
 
@@ -15,8 +16,10 @@ from hiddenlake.cache.worker.plan import Placement
 class Request:
     """What a capture asks of an engine.
 
+    positions, tokens : named positions, and token-level coverage or None.
     max_length : longest sequence there will be, prompt + answer, in tokens.
     ring_bytes : host memory in which rows may wait until their positions are known.
+    lora : folder of an adapter, or None.
     options : the engine's own settings, e.g. vLLM's engine arguments.
     """
 
@@ -24,30 +27,34 @@ class Request:
     sites: tuple[str, ...]
     layers: tuple[int, ...]
     positions: tuple[str, ...]
-    max_new_tokens: int
+    tokens: Tokens | None
+    decoding: Decoding
     max_length: int
     ring_bytes: int
+    lora: str | None
     options: dict[str, Any]
 
     @property
     def table(self) -> TapTable:
-        return TapTable(self.sites, self.layers, self.model.n_layers)
+        """The taps of a process that has the whole model."""
+        return tap_table(self.sites, self.layers, self.model.widths, self.model.n_layers)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one token's row of every tap."""
-        return len(self.table) * self.model.hidden * (2 if self.model.dtype == "bfloat16" else 4)
+        return len(self.table) * (2 if self.model.dtype == "bfloat16" else 4)
 
-    @property
-    def prompt_rows(self) -> int:
-        """Most prompt tokens of one sample that must wait in the ring."""
-        return len(positions.prompt_rows(self.positions, self.max_length))
+    def rows(self, prompt_length: int, answer_length: int | None = None) -> int:
+        """Most tokens of one sample that must wait in the ring. answer_length : of a given answer."""
+        want = wanted(self.positions, self.tokens, prompt_length)
+        longest = self.decoding.max_new_tokens if answer_length is None else answer_length
+        return len(want.prompt) + want.answer_rows(longest)
 
     @property
     def rows_per_sample(self) -> int:
-        """Most tokens of one sample that must wait in the ring."""
-        offsets = positions.answer_rows(self.positions)
-        return self.prompt_rows + (self.max_new_tokens if offsets is None else len(offsets))
+        """Most tokens of any sample that must wait in the ring."""
+        answer = self.decoding.max_new_tokens or None
+        return self.rows(self.max_length, None if answer else self.max_length)
 
 
 class Engine(Protocol):
@@ -58,18 +65,28 @@ class Engine(Protocol):
 
     provenance: dict[str, Any]
 
-    def has_room(self) -> bool:
-        """Whether another prompt may be submitted: rows in flight are bounded by ring_bytes."""
+    def has_room(self, prompt: Prompt) -> bool:
+        """Whether a prompt may be submitted now: rows in flight are bounded by ring_bytes."""
 
-    def submit(self, prompt: Prompt) -> None: ...
+    def submit(self, prompt: Prompt, tokens: Sequence[int] | None = None) -> None:
+        """Start to generate, or to feed what is given.
+
+        tokens : indices of the tokens that will be stored, ascending, where they are known already.
+        """
 
     def step(self) -> list[Generation]:
         """Work on what was submitted; returns what has finished since the last call, perhaps nothing."""
 
-    def store(self, handle: dict[str, Any], placements: Sequence[Placement]) -> list[str | None]:
-        """Copy finished samples' rows into a shard, and forget them: their memory is free again.
+    def store(self, handles: Sequence[dict[str, Any]], placements: Sequence[Placement]) -> list[tuple[str, str | None]]:
+        """Start to copy finished samples' rows into shards. Returns what has been stored meanwhile, as `stored`.
 
-        Returns None, or why a sample cannot be stored, for each.
+        handles : of the shards that the placements name by number.
+        """
+
+    def stored(self, wait: bool) -> list[tuple[str, str | None]]:
+        """(key, None or why it cannot be stored) of each placement that was finished since the last call.
+
+        wait : for all that were given. A sample is forgotten with its last placement: its memory is free again.
         """
 
     def close(self) -> None: ...

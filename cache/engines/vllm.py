@@ -1,51 +1,21 @@
-"""vLLM: generates in continuous batches while the taps in its worker capture."""
+"""vLLM: generates in continuous batches while the taps in its workers capture."""
 
 import os
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Sequence
 from typing import Any
 
-from hiddenlake.cache import positions
+from hiddenlake.cache.engines import vllm_setup as setup
 from hiddenlake.cache.engines.base import Request
-from hiddenlake.cache.errors import BadInputError, CaptureError
+from hiddenlake.cache.errors import CaptureError
+from hiddenlake.cache.positions import wanted
 from hiddenlake.cache.samples import Generation, Prompt
-from hiddenlake.cache.worker.plan import CANARY, KEY_ARG, LAST_TOKEN_ARG, Placement, Plan
-from hiddenlake.cache.worker.plugin import CONFIG_KEY
-
-TESTED_VERSIONS = ("0.32.0",)
-
-_CPU_OPTIONS = {
-    "max_num_seqs": 64,  # more at once no longer raise throughput there
-    "enforce_eager": True,  # compiling takes minutes there and wins little
-    # a share of the machine's memory there; the default, 0.92, refuses to start beside other programs
-    "gpu_memory_utilization": 0.4,
-}
-
-# Engine arguments that change what is captured or how rows are laid out, and were not tested.
-_UNTESTED = {
-    "tensor_parallel_size": 1,
-    "pipeline_parallel_size": 1,
-    "data_parallel_size": 1,
-    "speculative_config": None,
-    "quantization": None,
-    "enable_lora": False,
-    "enable_prefix_caching": False,
-}
-
-# Engine arguments that follow from the capture itself.
-_OURS = {
-    "model", "dtype", "max_model_len", "disable_log_stats", "worker_extension_cls", "scheduler_cls", "additional_config",
-}  # fmt: skip
+from hiddenlake.cache.worker.plan import (
+    CANARY, KEY_ARG, LAST_TOKEN_ARG, PROMPT_LENGTH_ARG, TAIL_ARG, TOKENS_ARG, Placement,
+)  # fmt: skip
 
 # Samples in flight a sequence of the batch: enough that the engine never waits for the driver, and few enough to
 # leave work for other writers.
 _QUEUE = 4
-
-# How long a killed engine may go unnoticed.
-_DEATH_SECONDS = 0.5
 
 # Enough for a first token, and a last one that must be fed.
 _CANARY_TOKENS = 2
@@ -56,91 +26,62 @@ _CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 class VllmEngine:
-    """An LLMEngine whose worker has the taps, driven step by step. See Engine for the interface."""
+    """An LLMEngine whose workers have the taps, driven step by step. See Engine for the interface."""
 
     def __init__(self, request: Request) -> None:
-        vllm = _import_vllm()
-        _refuse_untested(vllm.__version__, request.options)
+        vllm = setup.import_vllm()
+        from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         self._request = request
-        rows = request.rows_per_sample
-        admitted = request.ring_bytes // request.row_bytes // rows
-        if admitted < 1:
+        options = setup.engine_options(request)
+        budget, rows = request.ring_bytes // request.row_bytes, request.rows_per_sample
+        want = wanted(request.positions, request.tokens, request.max_length)
+        # rows of a pooled prompt pass through the ring, a step's worth at a time
+        passing = options.get("max_num_batched_tokens", request.max_length) if want.pools else 0
+        if budget < rows + passing:
             raise CaptureError(
-                f"--ring-bytes {request.ring_bytes} is too small: one sample needs {rows} rows of "
-                f"{request.row_bytes} bytes, {rows * request.row_bytes} in all; raise it, or capture fewer sites, "
-                f"layers or new tokens"
+                f"--ring-bytes {request.ring_bytes} is too small: one sample needs {rows + passing} rows of "
+                f"{request.row_bytes} bytes, {(rows + passing) * request.row_bytes} in all; raise it, or capture fewer "
+                f"sites, layers or new tokens"
             )
-        cpu = current_platform.is_cpu()
-        # off a CPU, vLLM compiles and captures graphs as shipped
-        options = (_CPU_OPTIONS if cpu else {"max_num_seqs": 256}) | request.options
+        admitted = (budget - passing) // max(1, rows)
         options["max_num_seqs"] = min(options["max_num_seqs"], admitted)
-        self._in_flight_limit = min(admitted, _QUEUE * options["max_num_seqs"])
-        self._engine = self._start(options, ring_rows=self._in_flight_limit * rows)
+        self._in_flight_limit = _QUEUE * options["max_num_seqs"]
+        self._ring_rows = min(budget - passing, self._in_flight_limit * rows)
+        given = request.decoding.max_new_tokens == 0
+        self._engine = setup.start(
+            request, options, self._ring_rows + passing, dense=bool(given or request.tokens or want.pools)
+        )
+        self._ranks = self._engine.vllm_config.parallel_config.world_size
+        sampling = request.decoding.sampling
         self._sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=request.max_new_tokens,
-            logprobs=0,
-            detokenize=False,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop=list(sampling.stop),
+            max_tokens=max(1, request.decoding.max_new_tokens),
+            logprobs=None if given else 0,
+            detokenize=bool(sampling.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
             stop_token_ids=list(request.model.end_ids),
             skip_reading_prefix_cache=True,
         )
-        self._in_flight: set[str] = set()
+        self._lora = LoRARequest("lora", 1, request.lora) if request.lora is not None else None
+        self._reserved: dict[str, int] = {}
+        self._prompts: dict[str, Prompt] = {}
+        self._tails: dict[str, Generation] = {}
+        self._reports: dict[str, list[str | None]] = {}
+        self._last: set[str] = set()
+        model_config = self._engine.vllm_config.model_config
         self.provenance = {
             "engine": "vllm",
             "vllm": vllm.__version__,
-            "device": "cpu" if cpu else current_platform.get_device_name(),
-            "enforce_eager": self._engine.vllm_config.model_config.enforce_eager,
+            "device": "cpu" if current_platform.is_cpu() else current_platform.get_device_name(),
+            "enforce_eager": model_config.enforce_eager,
+            "ranks": self._ranks,
         }
-
-    def _start(self, options: dict[str, Any], ring_rows: int) -> Any:
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        # the row map of the V2 runner is not built
-        if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
-            raise CaptureError("vLLM's V2 model runner was not tested with capture: unset VLLM_USE_V2_MODEL_RUNNER")
-        request = self._request
-        if unknown := sorted(options.keys() - {field.name for field in fields(EngineArgs)}):
-            raise BadInputError(f"vLLM has no engine argument {', '.join(unknown)}: see its EngineArgs")
-        if ours := sorted(options.keys() & _OURS):
-            raise BadInputError(f"vLLM's {', '.join(ours)} is set by hiddenlake: leave it out of the engine options")
-        arguments = EngineArgs(
-            model=request.model.path,
-            dtype=request.model.dtype,
-            # one position more than the answer needs: the last token is fed too
-            max_model_len=min(request.model.context, request.max_length + 1),
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            worker_extension_cls="hiddenlake.cache.worker.extension.CaptureExtension",
-            **{name: value for name, value in options.items() if name != "enable_prefix_caching"},
-        )
-        config = arguments.create_engine_config()
-        scheduler = config.scheduler_config
-        name = "LastTokenAsyncScheduler" if scheduler.async_scheduling else "LastTokenScheduler"
-        scheduler.scheduler_cls = f"hiddenlake.cache.worker.scheduler.{name}"
-        plan = Plan(
-            sites=request.sites,
-            layers=request.layers,
-            n_layers=request.model.n_layers,
-            positions=request.positions,
-            dtype=request.model.dtype,
-            ring_rows=ring_rows,
-            max_rows=min(
-                scheduler.max_num_batched_tokens, scheduler.max_num_seqs * max(1, request.prompt_rows)
-            ),
-        )
-        # hashed by vLLM into its compile cache's key, so that a graph without these taps is never reused
-        config.additional_config = {**config.additional_config, CONFIG_KEY: plan.to_json()}
-        try:
-            engine = _engine_from_config(LLMEngine, config)
-        except RuntimeError as error:
-            raise CaptureError(f"vLLM did not start: {error}") from error
-        _wake_on_death(engine)
-        return engine
 
     def check_canary(self, prompt_ids: Sequence[int]) -> None:
         """Send one prompt through, and refuse to go on unless every tap answers for it.
@@ -152,67 +93,117 @@ class VllmEngine:
         Raises CaptureError.
         """
         ids = tuple(prompt_ids)
-        self._add(CANARY, ids, min(_CANARY_TOKENS, self._request.max_new_tokens), last_token=True)
+        params = self._sampling.clone()
+        params.max_tokens, params.logprobs, params.stop, params.detokenize = _CANARY_TOKENS, 0, [], False
+        params.temperature = 0.0
+        params.extra_args = {KEY_ARG: CANARY, LAST_TOKEN_ARG: 1}
+        self._engine.add_request(CANARY, {"prompt_token_ids": list(ids)}, params, lora_request=self._lora)
         finished: list[Generation] = []
         while not finished:
             finished = self.step()
         answer = finished[0]
         last = len(ids) + len(answer.answer_ids) - 1
-        report = self._call("hiddenlake_canary", CANARY, len(ids) - 1, answer.answer_ids[0], last)
-        if "error" in report:
-            raise CaptureError(f"the canary failed, so nothing is captured: {report['error']}")
-        if report["dead"]:
+        reports = self._call("hiddenlake_canary", CANARY, len(ids) - 1, answer.answer_ids[0], last)
+        refused = "the canary failed, so nothing is captured"
+        tested = ", ".join(setup.TESTED_VERSIONS)
+        for report in reports:
+            if "error" in report:
+                raise CaptureError(f"{refused}: {report['error']}")
+        if dead := [tap for report in reports for tap in report["dead"]]:
             raise CaptureError(
-                f"the canary failed, so nothing is captured: {len(report['dead'])} of {len(self._request.table)} taps "
-                f"left no values (first: {report['dead'][0]}); the taps must be in the model before it is compiled"
+                f"{refused}: {len(dead)} of {sum(report['taps'] for report in reports)} taps left no values (first: "
+                f"{dead[0]}); the taps must be in the model before it is compiled"
             )
-        difference = abs(report["logprob"] - answer.logprobs[0])
-        if not difference <= _CANARY_TOLERANCE[self._request.model.dtype]:
+        logprob = next(report["logprob"] for report in reports if report["logprob"] is not None)
+        if not abs(logprob - answer.logprobs[0]) <= _CANARY_TOLERANCE[self._request.model.dtype]:
             raise CaptureError(
-                f"the canary failed, so nothing is captured: the stream behind the last layer gives the first answer "
-                f"token the log-probability {report['logprob']:.4f}, the engine {answer.logprobs[0]:.4f}; this vLLM "
-                f"lays its batches out differently than the tested {', '.join(TESTED_VERSIONS)}"
+                f"{refused}: the stream behind the last layer gives the first answer token the log-probability "
+                f"{logprob:.4f}, the engine {answer.logprobs[0]:.4f}; this vLLM lays its batches out differently than "
+                f"the tested {tested}"
             )
-        if not report["last"]:
+        if not all(report["last"] for report in reports):
             raise CaptureError(
-                "the canary failed, so nothing is captured: the last token was not fed; this vLLM does not run "
-                f"the last-token scheduler as the tested {', '.join(TESTED_VERSIONS)} do"
+                f"{refused}: the last token was not fed; this vLLM does not run the last-token scheduler as the "
+                f"tested {tested} do"
             )
         self._call("hiddenlake_drop", [CANARY])
-        self._in_flight.discard(CANARY)
 
-    def has_room(self) -> bool:
-        return len(self._in_flight) < self._in_flight_limit
+    def has_room(self, prompt: Prompt) -> bool:
+        if len(self._reserved) >= self._in_flight_limit:
+            return False
+        return sum(self._reserved.values()) + self._rows(prompt) <= self._ring_rows
 
-    def submit(self, prompt: Prompt) -> None:
-        last_token = positions.may_mean_last_token(self._request.positions)
-        self._add(prompt.key, prompt.token_ids, self._request.max_new_tokens, last_token)
+    def _rows(self, prompt: Prompt) -> int:
+        return self._request.rows(len(prompt.token_ids), None if prompt.given is None else len(prompt.given))
 
-    def _add(self, key: str, ids: Sequence[int], max_tokens: int, last_token: bool) -> None:
+    def submit(self, prompt: Prompt, tokens: Sequence[int] | None = None) -> None:
         params = self._sampling.clone()
-        params.max_tokens = max_tokens
-        params.extra_args = {KEY_ARG: key, LAST_TOKEN_ARG: int(last_token)}
-        self._engine.add_request(key, {"prompt_token_ids": list(ids)}, params)
-        self._in_flight.add(key)
+        ids, q = list(prompt.token_ids), len(prompt.token_ids)
+        params.extra_args = {KEY_ARG: prompt.key}
+        if tokens is not None:
+            params.extra_args[TOKENS_ARG] = list(tokens)
+        if prompt.given is not None:
+            params.extra_args[PROMPT_LENGTH_ARG] = q
+            params.prompt_logprobs = 0 if prompt.given else None
+            ids += prompt.given
+        else:
+            want = wanted(self._request.positions, self._request.tokens, q)
+            params.extra_args[LAST_TOKEN_ARG] = int(want.last)
+            params.seed = self._request.decoding.sampling.seed_of(prompt.question.index, prompt.sample_index)
+        self._engine.add_request(prompt.key, {"prompt_token_ids": ids}, params, lora_request=self._lora)
+        self._reserved[prompt.key] = self._rows(prompt) if tokens is None else len(tokens)
+        self._prompts[prompt.key] = prompt
+
+    def abort(self, keys: Sequence[str]) -> None:
+        """Stop samples that are not finished, and forget them."""
+        self._engine.abort_request([*keys, *(tail for tail in map(_tail, keys) if tail in self._tails)])
+        self._call("hiddenlake_drop", list(keys))
+        for key in keys:
+            self._forget(key)
 
     def step(self) -> list[Generation]:
         finished = self._finished()
         # The engine runs ahead in its own process: take all that is ready, since each call to its worker waits
         # for the step that it is in.
-        while _is_ready(self._engine):
+        while setup.is_ready(self._engine):
             finished += self._finished()
         return finished
 
     def _finished(self) -> list[Generation]:
-        with _reported_death():
+        with setup.reported_death():
             outputs = self._engine.step()
-        return [self._generation(output) for output in outputs if output.finished]
+        found = []
+        for output in outputs:
+            if not output.finished:
+                continue
+            if output.request_id in self._tails:
+                found.append(self._tails.pop(output.request_id))
+                continue
+            generation = self._generation(output)
+            if generation.text is not None and self._feed_last(generation):
+                continue
+            found.append(generation)
+        return found
 
-    def _call(self, verb: str, *arguments: Any) -> Any:
-        """Call a verb of the worker's CaptureExtension."""
-        with _reported_death():
-            [result] = self._engine.collective_rpc(verb, args=arguments)
-        return result
+    def _feed_last(self, generation: Generation) -> bool:
+        """Whether the last token behind a stop string is being fed: the request itself ended without it."""
+        prompt = self._prompts[generation.key]
+        if not wanted(self._request.positions, self._request.tokens, len(prompt.token_ids)).last:
+            return False
+        params = self._sampling.clone()
+        params.max_tokens, params.logprobs, params.stop, params.detokenize = 1, None, [], False
+        params.skip_reading_prefix_cache = False
+        params.extra_args = {KEY_ARG: generation.key, TAIL_ARG: 1}
+        ids = [*prompt.token_ids, *generation.answer_ids]
+        tail = _tail(generation.key)
+        self._engine.add_request(tail, {"prompt_token_ids": ids}, params, lora_request=self._lora)
+        self._tails[tail] = generation
+        return True
+
+    def _call(self, verb: str, *arguments: Any) -> list[Any]:
+        """Call a verb of the workers' CaptureExtension. Returns each rank's answer."""
+        with setup.reported_death():
+            return self._engine.collective_rpc(verb, args=arguments)
 
     def _generation(self, output: Any) -> Generation:
         if output.num_cached_tokens:
@@ -221,130 +212,55 @@ class VllmEngine:
                 f"not computed"
             )
         [answer] = output.outputs
+        prompt = self._prompts.get(output.request_id)
+        if prompt is not None and prompt.given is not None:
+            q = len(prompt.token_ids)
+            logprobs = tuple(output.prompt_logprobs[q + i][token].logprob for i, token in enumerate(prompt.given))
+            return Generation(output.request_id, prompt.given, logprobs, "given")
         ids = tuple(answer.token_ids)
         return Generation(
             key=output.request_id,
             answer_ids=ids,
             logprobs=tuple(step[token].logprob for step, token in zip(answer.logprobs, ids, strict=True)),
             finish_reason=str(answer.finish_reason),
+            text=answer.text if isinstance(answer.stop_reason, str) else None,
         )
 
-    def store(self, handle: dict[str, Any], placements: Sequence[Placement]) -> list[str | None]:
-        causes = self._call("hiddenlake_store", handle, [placement.to_json() for placement in placements])
-        self._in_flight.difference_update(placement.key for placement in placements)
-        return causes
+    def store(self, handles: Sequence[dict[str, Any]], placements: Sequence[Placement]) -> list[tuple[str, str | None]]:
+        self._last.update(placement.key for placement in placements if placement.done)
+        return self._merge(
+            self._call("hiddenlake_store", list(handles), [placement.to_json() for placement in placements])
+        )
 
-    def stats(self) -> dict[str, int]:
-        """What the worker counts: see CaptureExtension.hiddenlake_stats."""
+    def stored(self, wait: bool) -> list[tuple[str, str | None]]:
+        return self._merge(self._call("hiddenlake_stored", wait))
+
+    def _merge(self, found: list[list[tuple[str, str | None]]]) -> list[tuple[str, str | None]]:
+        """A placement is stored once every rank has stored its part; the first cause counts."""
+        merged = []
+        for key, cause in (report for rank in found for report in rank):
+            reports = self._reports.setdefault(key, [])
+            reports.append(cause)
+            if len(reports) == self._ranks:
+                cause = next((cause for cause in self._reports.pop(key) if cause is not None), None)
+                merged.append((key, cause))
+                if cause is not None or key in self._last:
+                    self._forget(key)
+        return merged
+
+    def _forget(self, key: str) -> None:
+        self._last.discard(key)
+        self._reserved.pop(key, None)
+        self._prompts.pop(key, None)
+        self._tails.pop(_tail(key), None)
+
+    def stats(self) -> list[dict[str, int]]:
+        """What each rank counts: see CaptureExtension.hiddenlake_stats."""
         return self._call("hiddenlake_stats")
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
 
 
-def _import_vllm() -> Any:
-    # stdout is data: vLLM logs there unless told otherwise, and at length
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        import vllm
-    except ImportError as error:
-        raise CaptureError(
-            f"vLLM cannot be imported ({error}): install `hiddenlake[vllm]`, or use --engine transformers"
-        ) from error
-    return vllm
-
-
-class PlainVllm:
-    """vLLM as it is shipped, without taps: what capture is compared with."""
-
-    def __init__(self, request: Request) -> None:
-        _import_vllm()
-        from vllm import LLM, SamplingParams
-        from vllm.platforms import current_platform
-
-        options = dict(request.options)
-        if current_platform.is_cpu():
-            options = _CPU_OPTIONS | options
-        self._llm = LLM(
-            model=request.model.path,
-            dtype=request.model.dtype,
-            max_model_len=request.max_length,
-            **options,
-        )
-        self._sampling = SamplingParams(
-            temperature=0.0, max_tokens=request.max_new_tokens, stop_token_ids=list(request.model.end_ids)
-        )
-
-    def generate(self, prompts: Sequence[Prompt]) -> int:
-        """Generate an answer to each prompt. Returns the number of tokens generated."""
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": list(p.token_ids)} for p in prompts], self._sampling, use_tqdm=False
-        )
-        return sum(len(output.outputs[0].token_ids) for output in outputs)
-
-    def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
-
-
-def _engine_from_config(engine_class: Any, config: Any) -> Any:
-    """Build an LLMEngine from a finished configuration; separate process unless VLLM_ENABLE_V1_MULTIPROCESSING=0."""
-    from vllm import envs
-    from vllm.v1.executor import Executor
-
-    return engine_class(
-        vllm_config=config,
-        executor_class=Executor.get_class(config),
-        log_stats=False,
-        multiprocess_mode=envs.VLLM_ENABLE_V1_MULTIPROCESSING,
-    )
-
-
-@contextmanager
-def _reported_death() -> Iterator[None]:
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    try:
-        yield
-    except EngineDeadError as error:
-        raise CaptureError(
-            "vLLM's engine died: its own message, if it left one, stands above; what was complete is stored, and "
-            "the same command goes on from there"
-        ) from error
-
-
-def _wake_on_death(engine: Any) -> None:
-    """Let calls that wait for an engine process fail when it is killed: vLLM 0.32 notes the death and waits on."""
-    client = engine.engine_core
-    if not hasattr(client, "outputs_queue"):
-        return  # the engine is in this process
-
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    def watch() -> None:
-        while not client.resources.engine_dead:
-            time.sleep(_DEATH_SECONDS)
-        client.outputs_queue.put_nowait(EngineDeadError())
-        for future in list(client.utility_results.values()):
-            if not future.done():
-                future.set_exception(EngineDeadError())
-
-    threading.Thread(target=watch, name="hiddenlake-engine-watch", daemon=True).start()
-
-
-def _is_ready(engine: Any) -> bool:
-    """Whether the engine's process has sent outputs that `step` would return at once."""
-    queue = getattr(engine.engine_core, "outputs_queue", None)  # an engine in this process has none
-    return queue is not None and not queue.empty()
-
-
-def _refuse_untested(version: str, options: dict[str, Any]) -> None:
-    if version.split("+")[0] not in TESTED_VERSIONS:
-        raise CaptureError(
-            f"vLLM {version} was not tested: install {' or '.join(TESTED_VERSIONS)}, or use --engine transformers"
-        )
-    for name, tested in _UNTESTED.items():
-        if options.get(name, tested) != tested:
-            raise CaptureError(
-                f"vLLM's {name}={options[name]} was not tested with capture: leave it at {tested}"
-            )
+def _tail(key: str) -> str:
+    return f"{key}:last"

@@ -1,18 +1,22 @@
-"""The verbs that the driver calls in vLLM's worker: canary, store, drop, stats. Mixed into the worker class."""
+"""The verbs that the driver calls in vLLM's worker: canary, store, stored, drop, stats. Mixed into the worker class."""
 
 from typing import Any
 
 import numpy as np
 import torch
 
+from hiddenlake.cache.rows import TapTable
 from hiddenlake.cache.worker.plan import Placement
 from hiddenlake.cache.worker.recorder import Recorder
+from hiddenlake.cache.worker.storing import Storing
 
 
 class CaptureExtension:
-    """`worker_extension_cls`. Every argument and result is plain JSON."""
+    """`worker_extension_cls`. Every argument and result is plain JSON. Each rank answers for the taps that it has."""
 
     hiddenlake_recorder: Recorder | None = None
+    hiddenlake_storing: Storing
+    hiddenlake_table: TapTable
 
     def hiddenlake_canary(self, key: str, token: int, sampled: int, last: int) -> dict[str, Any]:
         """Judge the taps by one finished prompt.
@@ -21,59 +25,74 @@ class CaptureExtension:
         sampled : that answer token.
         last : the last token of the sequence, which must have been fed too.
 
-        Returns {"dead": taps that left nothing, "logprob": of `sampled` computed from the captured stream of
-        the last layer through the model's own norm and head, "last": whether the last token has a row}, or
-        {"error": why there is nothing to judge}.
+        Returns {"taps": their number, "dead": those that left nothing, "logprob": of `sampled` computed from the
+        captured stream of the last layer through the model's own norm and head, None where there is no last layer,
+        "last": whether the last token has a row}, or {"error": why there is nothing to judge}.
         """
         recorder = self.hiddenlake_recorder
         if recorder is None:
             return {"error": "no taps were installed when the model was loaded"}
-        rows = recorder.row(key, token)
-        if rows is None:
-            book = recorder.books.get(key)
-            return {"error": (book.cause if book else None) or "the prompt left no row"}
-        values = torch.from_numpy(rows.view(np.int16) if rows.dtype == np.uint16 else rows.copy())
-        values = values.view(recorder.staging.arena.dtype).float()
-        alive = values.isfinite().all(1) & (values != 0).any(1)
-        dead = [f"{site} {layer}" for (site, layer), a in zip(recorder.table.pairs, alive.tolist(), strict=True) if not a]
+        rows = recorder.staging.wait(recorder.staging.mark()) or recorder.rows(key, [token])
+        if isinstance(rows, str):
+            return {"error": rows}
+        arena = recorder.ring.arena
+        values = torch.from_numpy(rows[0].view(np.int16) if rows.dtype == np.uint16 else rows[0])
+        values = values.view(arena.dtype).float()
+        dead, taps = [], list(self.hiddenlake_table.taps())
+        for site, layer, offset, width in taps:
+            tapped = values[offset : offset + width]
+            if not tapped.isfinite().all() or not (tapped != 0).any():
+                dead.append(f"{site} {layer}")
+        canary = self.hiddenlake_table.canary
         return {
+            "taps": len(taps),
             "dead": dead,
-            "logprob": _logprob(recorder, values[-1], sampled),
-            "last": recorder.row(key, last) is not None,
+            "logprob": None if canary is None else _logprob(self, values[canary.offset : canary.end], sampled),
+            "last": not isinstance(recorder.rows(key, [last]), str),
         }
 
-    def hiddenlake_store(self, handle: dict[str, Any], placements: list[dict[str, Any]]) -> list[str | None]:
-        """Copy finished samples into a shard's buffer and forget them.
+    def hiddenlake_store(
+        self, handles: list[dict[str, Any]], placements: list[dict[str, Any]]
+    ) -> list[tuple[str, str | None]]:
+        """Start to copy finished samples into shards. Returns what was finished meanwhile, as hiddenlake_stored."""
+        self.hiddenlake_storing.submit(handles, [Placement.from_json(placement) for placement in placements])
+        return self.hiddenlake_storing.done(wait=False)
 
-        Returns None, or the cause of the failure, for each.
-        """
-        recorder = self.hiddenlake_recorder
-        assert recorder is not None, "the canary lets no run start without taps"
-        causes = [recorder.store(Placement(**placement), handle) for placement in placements]
-        self.hiddenlake_drop([placement["key"] for placement in placements])
-        return causes
+    def hiddenlake_stored(self, wait: bool) -> list[tuple[str, str | None]]:
+        """(key, None or the cause of its failure) of each placement that was finished since the last call."""
+        return self.hiddenlake_storing.done(wait)
 
     def hiddenlake_drop(self, keys: list[str]) -> None:
         """Forget samples: their rows are free again."""
-        recorder = self.hiddenlake_recorder
-        assert recorder is not None, "the canary lets no run start without taps"
         for key in keys:
-            recorder.drop(key)
+            self._recorder.drop(key)
 
     def hiddenlake_stats(self) -> dict[str, int]:
-        """{"free": free slots of the arena, "books": samples in flight, "recomputed": rows that preemption or
-        rejected drafts made vLLM compute again}."""
-        recorder = self.hiddenlake_recorder
-        assert recorder is not None, "the canary lets no run start without taps"
-        return {"free": recorder.staging.free, "books": len(recorder.books), "recomputed": recorder.recomputed}
+        """{"free": free rows of the ring, "books": samples in flight, "recomputed": rows that preemption or rejected
+        drafts made vLLM compute again, "spilled": rows that went to the scratch file}."""
+        recorder = self._recorder
+        return {
+            "free": recorder.ring.free,
+            "books": len(recorder.books),
+            "recomputed": recorder.recomputed,
+            "spilled": recorder.spilled,
+        }
+
+    @property
+    def _recorder(self) -> Recorder:
+        assert self.hiddenlake_recorder is not None, "the canary lets no run start without taps"
+        return self.hiddenlake_recorder
 
 
 @torch.inference_mode()
-def _logprob(recorder: Recorder, stream: torch.Tensor, sampled: int) -> float:
-    """Log-probability of a token, by the model's own norm and head from the stream leaving its last layer."""
-    runner = recorder.runner
+def _logprob(worker: Any, stream: torch.Tensor, sampled: int) -> float | None:
+    """Log-probability of a token, by the model's own norm and head from the stream leaving its last layer.
+
+    Every rank of the last pipeline stage takes part; with tensor parallelism only the first has the result.
+    """
+    runner = worker.model_runner
     model = runner.model
     norm = model.get_submodule(runner.hiddenlake_family.norm)
     hidden = norm(stream.to(runner.device, runner.dtype)[None])
-    logits = model.compute_logits(hidden)[0].float()
-    return float(logits.log_softmax(-1)[sampled])
+    logits = model.compute_logits(hidden)
+    return None if logits is None else float(logits[0].float().log_softmax(-1)[sampled])

@@ -1,159 +1,266 @@
 """Recorder: which row belongs to which token of which sample, from the first prefill to the shard."""
 
 import traceback
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
-from hiddenlake.cache import positions
-from hiddenlake.cache.rows import TapTable, find_fault, put_rows
-from hiddenlake.cache.store.shard import attach
+from hiddenlake.cache.positions import Wanted, wanted
 from hiddenlake.cache.worker.bits import as_bits
-from hiddenlake.cache.worker.plan import CANARY, KEY_ARG, Placement, Plan
-from hiddenlake.cache.worker.rows_v1 import batch_rows
-from hiddenlake.cache.worker.staging import Staging
+from hiddenlake.cache.worker.plan import (
+    CANARY, KEY_ARG, PROMPT_LENGTH_ARG, TAIL_ARG, TOKENS_ARG, Plan,
+)  # fmt: skip
+from hiddenlake.cache.pools import Check, PromptPools
+from hiddenlake.cache.worker.ring import Ring
+from hiddenlake.cache.worker.spill import Spill
+
 
 @dataclass(slots=True)
 class Book:
-    """What is kept of one request.
+    """What is kept of one sample.
 
-    slots : token index -> slot of the arena. Written by absolute position, so a token that is computed
-        again (preemption, rejected drafts) lands where it was.
+    slots : token index -> slot of the ring; below zero, -1 - n is number n in the spill. Written by absolute position,
+        so a token that is computed again (preemption, rejected drafts) lands where it was.
+    tokens : token indices to keep, ascending; None for what `want` says.
+    end : no token from here on is kept.
+    storing : from when the driver has said where the rows go, nothing moves any more.
     cause : why the sample cannot be stored, once something went wrong.
     """
 
     prompt_length: int
-    prompt_tokens: frozenset[int]
-    answer_offsets: set[int] | None
+    want: Wanted
+    tokens: Sequence[int] | None
     end: int
     slots: dict[int, int] = field(default_factory=dict)
+    pools: PromptPools | None = None
+    storing: bool = False
     cause: str | None = None
 
-    def wants(self, token: int) -> bool:
-        if token < self.prompt_length:
-            return token in self.prompt_tokens
-        return token < self.end and (self.answer_offsets is None or token - self.prompt_length in self.answer_offsets)
+    def kept(self, start: int, stop: int) -> Iterable[int]:
+        """Those of the tokens start .. stop-1 that are kept, ascending."""
+        if self.tokens is not None:
+            return _between(self.tokens, start, stop)
+        q, want, stop = self.prompt_length, self.want, min(stop, self.end)
+        prompt = _between(want.prompt, start, min(stop, q)) if start < q else ()
+        if stop <= q:
+            return prompt
+        first = max(start, q)
+        answer = range(first, stop) if want.answer is None else (
+            q + offset for offset in _between(want.answer, first - q, stop - q)
+        )
+        return [*prompt, *answer]
+
+
+def _between(ascending: Sequence[int], start: int, stop: int) -> Sequence[int]:
+    return ascending[bisect_left(ascending, start) : bisect_left(ascending, stop)]
 
 
 class Recorder:
-    """Follows the batches of one model runner and keeps the rows that its samples may need."""
+    """Follows the batches of one model runner and keeps the rows that its samples may need.
 
-    def __init__(self, runner: Any, plan: Plan, table: TapTable, staging: Staging, embedding: torch.Tensor) -> None:
-        self.runner = runner
+    rows_of : the row map of the runner: a batch to (request id, first row, first token, number of tokens) of each
+        request in it.
+    check : says why rows cannot be those of some token ids at some tokens, or None.
+    bits : (slot, element) of the ring, as stored bits.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        staging: Any,
+        rows_of: Callable[..., Iterable[tuple[str, int, int, int]]],
+        check: Check,
+    ) -> None:
         self.plan = plan
-        self.table = table
         self.staging = staging
-        self.embedding = embedding
+        self.rows_of = rows_of
+        self.check = check
         self.books: dict[str, Book] = {}
         self.recomputed = 0
-        self._key_of: dict[str, str] = {}
-        self._slots: list[int] = []
-        self._arena = as_bits(staging.arena)
+        self.spilled = 0
+        self.bits = as_bits(staging.ring.arena)
+        self.spill = Spill(plan.spill, self.bits.shape[1], self.bits.dtype) if plan.spill is not None else None
+        self._book_of: dict[str, tuple[str, int]] = {}
+        self._active = False
+
+    @property
+    def ring(self) -> Ring:
+        return self.staging.ring
 
     # Called around the runner's forward pass. An error here must not kill the generation, and must not be
     # silent either: every sample in flight fails with it.
 
-    def before_forward(self, scheduler_output: Any) -> None:
+    def before_forward(self, scheduler_output: Any, *batch: Any) -> None:
         try:
             self._open_books(scheduler_output)
-            rows: list[int] = []
-            slots: list[int] = []
-            for request_id, first, start, n in batch_rows(self.runner, scheduler_output):
-                key = self._key_of.get(request_id)
-                book = self.books.get(key) if key is not None else None
-                if book is None or book.cause is not None:
-                    continue
-                for token in range(start, start + n):
-                    if book.wants(token):
-                        slot = book.slots.get(token)
-                        if slot is None:
-                            slot = self.staging.take()
-                        else:
-                            self.recomputed += 1
-                        if slot is None:
-                            book.cause = f"the ring was full at token {token}"
-                            break
-                        book.slots[token] = slot
-                        rows.append(first + token - start)
-                        slots.append(slot)
-            if len(rows) > len(self.staging.buffers.rows):
-                raise RuntimeError(
-                    f"a step wants {len(rows)} rows, but the tap buffers hold {len(self.staging.buffers.rows)}"
-                )
-            self.staging.begin(rows)
-            self._slots = slots
+            if not self._book_of:
+                # ordinary requests only: nothing to do but to tell the taps so, once
+                if self._active:
+                    self.staging.begin([], np.empty(0, np.int64))
+                    self._active = False
+                return
+            self._active = True
+            self.staging.begin(*self._map(self.rows_of(scheduler_output, *batch)))
         except Exception:  # noqa: BLE001 - reported as the cause of every sample in flight
-            self._slots = []
             self._fail_all(traceback.format_exc(limit=3))
 
     def after_forward(self) -> None:
+        if not self._active:
+            return
         try:
-            self.staging.collect(self._slots)
+            self.staging.collect()
+            self._pool()
         except Exception:  # noqa: BLE001 - reported as the cause of every sample in flight
             self._fail_all(traceback.format_exc(limit=3))
-        self._slots = []
 
     def _fail_all(self, cause: str) -> None:
         for book in self.books.values():
             book.cause = book.cause or f"capture failed in the worker: {cause}"
 
+    def _map(self, batch: Iterable[tuple[str, int, int, int]]) -> tuple[list[int], np.ndarray]:
+        """(rows of the batch, slots of the ring) of the tokens to keep in this step."""
+        found = []
+        count = 0
+        for request_id, first, start, n in batch:
+            key, only = self._book_of.get(request_id, (None, -1))
+            book = self.books.get(key) if key is not None else None
+            if book is None or book.cause is not None or book.storing:
+                continue
+            if only >= 0:
+                tokens = (only,) if start <= only < start + n else ()
+            elif book.pools is not None and start < book.prompt_length:
+                # the whole prompt passes by the pools, also where no single token of it is kept
+                kept = set(book.kept(start, start + n))
+                tokens = sorted(kept.union(range(max(start, book.pools.count), min(start + n, book.prompt_length))))
+            else:
+                tokens = book.kept(start, start + n)
+            tokens = list(tokens)
+            if tokens:
+                found.append((book, tokens, first - start))
+                count += len(tokens)
+        if count > self.ring.free:
+            self._make_room(count)
+        rows: list[int] = []
+        new: list[tuple[Book, int]] = []
+        slots: list[int] = []
+        for book, tokens, shift in found:
+            for token in tokens:
+                slot = book.slots.get(token, -1)
+                if slot >= 0:
+                    self.recomputed += 1
+                elif token in book.slots:  # it was spilled, and is computed again
+                    self.recomputed += 1
+                    self.spill.free([-1 - slot])
+                    slot = -1
+                if slot < 0:
+                    new.append((book, token))
+                rows.append(shift + token)
+                slots.append(slot)
+        taken = self.ring.take(len(new))
+        if taken is None:
+            for book, _, _ in found:
+                book.cause = f"the ring was full: it has {len(self.bits)} rows"
+                for token, slot in list(book.slots.items()):
+                    if slot < 0:
+                        del book.slots[token]
+            return [], np.empty(0, np.int64)
+        if len(new) == len(slots):
+            chosen = taken
+        else:
+            chosen = np.array(slots, np.int64)
+            chosen[chosen < 0] = taken
+        for (book, token), slot in zip(new, taken.tolist(), strict=True):
+            book.slots[token] = slot
+        return rows, chosen
+
+    def _make_room(self, n: int) -> None:
+        """Spill the oldest samples' rows, so that a step finds n free slots."""
+        if self.spill is None:
+            return
+        self.staging.wait(self.staging.mark())
+        for book in self.books.values():
+            if self.ring.free >= n:
+                return
+            if book.storing:
+                continue
+            held = [(token, slot) for token, slot in book.slots.items() if slot >= 0]
+            if not held:
+                continue
+            slots = [slot for _, slot in held]
+            numbers = self.spill.write(self.bits[slots])
+            book.slots.update((token, -1 - number) for (token, _), number in zip(held, numbers, strict=True))
+            self.ring.give_back(slots)
+            self.spilled += len(slots)
+
+    def _pool(self) -> None:
+        """Add the prompt rows of this step to the means and maxima of their samples, and free those not kept."""
+        pooling = [book for book in self.books.values() if book.pools is not None and not book.pools.complete]
+        if not pooling:
+            return
+        self.staging.wait(self.staging.mark())
+        for book in pooling:
+            fresh = {t: s for t, s in book.slots.items() if book.pools.count <= t < book.prompt_length}
+            if not fresh:
+                continue
+            tokens = sorted(fresh)
+            book.cause = book.cause or book.pools.add(tokens, self.bits[[fresh[t] for t in tokens]])
+            done = set(tokens).difference(book.kept(tokens[0], tokens[-1] + 1))
+            self.ring.give_back([book.slots.pop(token) for token in sorted(done)])
+
     def _open_books(self, scheduler_output: Any) -> None:
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
-            key = (params.extra_args or {}).get(KEY_ARG) if params is not None else None
-            if key is None or key in self.books:
+            extra = (params.extra_args if params is not None else None) or {}
+            key = extra.get(KEY_ARG)
+            if key is None:
                 continue
-            q = len(request.prompt_token_ids)
-            wanted = ("last_q", "-1") if key == CANARY else self.plan.positions
+            n = len(request.prompt_token_ids)
+            if TAIL_ARG in extra:  # the finished sample's last token, over what its first request computed
+                self._book_of[request.req_id] = key, n - 1
+                continue
+            if key in self.books:
+                continue
+            q = int(extra.get(PROMPT_LENGTH_ARG, n))
+            names, tokens = (("last_q", "-1"), None) if key == CANARY else (self.plan.positions, self.plan.tokens)
             book = self.books[key] = Book(
                 prompt_length=q,
-                prompt_tokens=frozenset(positions.prompt_rows(wanted, q)),
-                answer_offsets=positions.answer_rows(wanted),
-                end=q + params.max_tokens,
+                want=wanted(names, tokens, q),
+                tokens=extra.get(TOKENS_ARG),
+                end=n if PROMPT_LENGTH_ARG in extra else n + params.max_tokens,
             )
-            self._key_of[request.req_id] = key
+            if book.want.pools:
+                book.pools = PromptPools(book.want.pools, request.prompt_token_ids[:q], self.check)
+            self._book_of[request.req_id] = key, -1
             if request.num_computed_tokens:
                 book.cause = f"{request.num_computed_tokens} tokens came from the prefix cache and were not computed"
 
-    # Called by the driver, through the extension's verbs.
-
-    def store(self, placement: Placement, handle: dict[str, Any]) -> str | None:
-        """Copy a finished sample's rows into its slot of the shard, or say why that cannot be done.
-
-        Nothing is written unless every cell can be: each token was captured, each value is finite, and each
-        row's `embed` is bit for bit the embedding of the token that the answer has there.
-        """
-        self.staging.drain()
-        book = self.books.get(placement.key)
-        if book is None:
-            return "the worker has seen no request of this sample"
-        if book.cause is not None:
-            return book.cause
-        present = [(p, token) for p, token in enumerate(placement.token_index) if token >= 0]
-        missing = sorted({token for _, token in present if token not in book.slots})
-        if missing:
-            return f"tokens {missing} were never captured"
-        rows = self._arena[:, [book.slots[token] for _, token in present]]
-        ids = torch.tensor([placement.token_ids[token] for _, token in present], device=self.embedding.device)
-        embedding = self.embedding[ids].to("cpu", self.staging.arena.dtype)
-        if fault := find_fault(self.table, rows, as_bits(embedding)):
-            return fault
-        put_rows(attach(handle), self.table, rows, [p for p, _ in present], placement.slot)
-        return None
+    # Called by the driver's verbs.
 
     def drop(self, key: str) -> None:
         """Forget a sample and free its rows."""
         if book := self.books.pop(key, None):
-            self.staging.give_back(list(book.slots.values()))
-        for request_id in [r for r, k in self._key_of.items() if k == key]:
-            del self._key_of[request_id]
+            self.ring.give_back([slot for slot in book.slots.values() if slot >= 0])
+            if self.spill is not None:
+                self.spill.free([-1 - slot for slot in book.slots.values() if slot < 0])
+        for request_id in [r for r, (k, _) in self._book_of.items() if k == key]:
+            del self._book_of[request_id]
 
-    def row(self, key: str, token: int) -> np.ndarray | None:
-        """(tap, hidden) of one captured token as stored bits, or None when it was not captured."""
-        self.staging.drain()
+    def rows(self, key: str, tokens: Sequence[int]) -> np.ndarray | str:
+        """(token, element) of captured tokens as stored bits, or why they are not there."""
         book = self.books.get(key)
-        if book is None or book.cause is not None or token not in book.slots:
-            return None
-        return self._arena[:, book.slots[token]]
+        if book is None:
+            return "the worker has seen no request of this sample"
+        if book.cause is not None:
+            return book.cause
+        missing = sorted({token for token in tokens if token not in book.slots})
+        if missing:
+            return f"tokens {missing[:10]} were never captured"
+        slots = np.array([book.slots[token] for token in tokens], np.int64)
+        spilled = np.flatnonzero(slots < 0)
+        rows = self.bits[np.maximum(slots, 0)]
+        if len(spilled):
+            rows[spilled] = self.spill.read((-1 - slots[spilled]).tolist())
+        return rows

@@ -1,77 +1,103 @@
-"""Staging: the bounded host memory in which rows wait until the driver knows which positions count."""
+"""Staging: tells the taps which rows a step wants and where they go, and brings them home in one copy."""
 
+import numpy as np
 import torch
 
+from hiddenlake.cache.worker.ring import Ring, runs
 from hiddenlake.cache.worker.taps import TapBuffers
 
 
-class Staging:
-    """A fixed arena of rows on the host, and the one copy a step that fills it.
+class HostStaging:
+    """On a CPU the taps write into the ring itself."""
 
-    arena : (tap, slot, hidden) in the stored dtype, in pinned memory on a GPU machine.
-    """
+    def __init__(self, buffers: TapBuffers, ring: Ring) -> None:
+        self.buffers, self.ring = buffers, ring
 
-    def __init__(self, buffers: TapBuffers, capacity: int) -> None:
-        n_taps, max_rows, width = buffers.out.shape
-        self.buffers = buffers
-        self.arena = torch.empty(n_taps, capacity, width, dtype=buffers.out.dtype)
-        self._free = list(range(capacity - 1, -1, -1))
-        self._cuda = buffers.out.is_cuda
-        if self._cuda:
-            self._block = torch.empty(buffers.out.shape, dtype=buffers.out.dtype, pin_memory=True)
-            self._stream = torch.cuda.Stream()
-            self._copied = torch.cuda.Event()
-        self._pending: torch.Tensor | None = None
+    def begin(self, rows: list[int], slots: np.ndarray) -> None:
+        """Before the forward pass: row `rows[i]` of the batch shall go to slot `slots[i]` of the ring.
 
-    def take(self) -> int | None:
-        """A free slot, or None when the arena is full."""
-        return self._free.pop() if self._free else None
-
-    def give_back(self, slots: list[int]) -> None:
-        """Slots are free again."""
-        self._free.extend(slots)
-
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    def begin(self, rows: list[int]) -> None:
-        """Before the forward pass: say which rows of the batch the taps shall gather."""
-        self.drain()
-        if self._cuda:
-            # the taps may overwrite `out` only after the last copy has read it
-            torch.cuda.current_stream().wait_event(self._copied)
-        buffers, n = self.buffers, len(rows)
-        if n:
-            buffers.rows[:n].copy_(torch.tensor(rows, dtype=torch.int64), non_blocking=True)
-        buffers.rows[n:].zero_()
-        buffers.count.fill_(n)
-
-    def collect(self, slots: list[int]) -> None:
-        """After the forward pass: bring the gathered rows home, without waiting for the device.
-
-        The buffer is filled with NaN behind the copy, so that a tap that does not fire in a later step
-        leaves NaN, which no sample is stored with, and never the rows of an earlier one.
+        The slots are filled with NaN first, so that a tap that does not fire leaves NaN, which no sample is stored
+        with, and never another token's row.
         """
-        n = len(slots)
+        parts = runs(slots)
+        for _, slot, n in parts:
+            self.ring.arena[slot : slot + n].fill_(torch.nan)
+        self.buffers.set(torch.tensor(rows, dtype=torch.int64), torch.from_numpy(slots))
+        if len(parts) == 1 and (not rows or rows[-1] - rows[0] == len(rows) - 1):
+            self.buffers.straight = (rows[0], parts[0][1], len(rows))
+
+    def collect(self) -> None:
+        """After the forward pass."""
+
+    def mark(self) -> None:
+        """A point in time for `wait`."""
+
+    def wait(self, mark: None) -> None:
+        """Until the rows of every step collected before the mark are in the ring."""
+
+
+class DeviceStaging:
+    """On a GPU the taps write into one half of a device buffer while the other half's copy is under way."""
+
+    def __init__(self, buffers: TapBuffers, ring: Ring) -> None:
+        self.buffers, self.ring = buffers, ring
+        self._half = len(buffers.rows)
+        self._parity = 0
+        self._slots = np.empty(0, np.int64)
+        self._stream = torch.cuda.Stream()
+        self._copied = [torch.cuda.Event(), torch.cuda.Event()]
+        # what the host writes while the device may still read what it wrote the step before
+        self._index = [torch.zeros(2, self._half, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+
+    def begin(self, rows: list[int], slots: np.ndarray) -> None:
+        """See HostStaging. Waits for the copy of the step before last, which is done long since."""
+        self._parity ^= 1
+        self._copied[self._parity].synchronize()
+        n = len(rows)
+        index = self._index[self._parity]
+        index[0, :n] = torch.tensor(rows, dtype=torch.int64)
+        index[1, :n] = torch.arange(self._parity * self._half, self._parity * self._half + n)
+        self.buffers.set(index[0, :n], index[1, :n])
+        self._slots = slots
+
+    def collect(self) -> None:
+        """Bring the gathered rows home on a stream of their own, without waiting for the device.
+
+        The half is filled with NaN behind the copy, so that a tap that does not fire in a later step leaves NaN.
+        """
+        n = len(self._slots)
         if n == 0:
             return
-        out = self.buffers.out[:, :n]
-        index = torch.tensor(slots, dtype=torch.int64)
-        if not self._cuda:
-            self.arena.index_copy_(1, index, out)
-            out.fill_(torch.nan)
-            return
+        out = self.buffers.out[self._parity * self._half :][:n]
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._block[:, :n].copy_(out, non_blocking=True)
+            for place, slot, length in runs(self._slots):
+                self.ring.arena[slot : slot + length].copy_(out[place : place + length], non_blocking=True)
             out.fill_(torch.nan)
-            self._copied.record()
-        self._pending = index
+            self._copied[self._parity].record()
+        self._slots = self._slots[:0]
 
-    def drain(self) -> None:
-        """Wait for the last copy and move it into the arena. Does nothing on a CPU."""
-        if self._pending is not None:
-            self._copied.synchronize()
-            self.arena.index_copy_(1, self._pending, self._block[:, : len(self._pending)])
-            self._pending = None
+    def mark(self) -> "torch.cuda.Event":
+        """See HostStaging."""
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def wait(self, mark: "torch.cuda.Event") -> None:
+        """See HostStaging."""
+        mark.synchronize()
+
+
+def make_staging(rows: int, ring_rows: int, elements: int, dtype: torch.dtype, device: torch.device):
+    """(buffers for the taps, staging) of one process.
+
+    rows : most rows that one step can want.  ring_rows : of the ring.  elements : of a packed row.
+    """
+    cuda = device.type == "cuda"
+    ring = Ring(ring_rows, elements, dtype, pinned=cuda)
+    if not cuda:
+        buffers = TapBuffers(rows, ring.arena)
+        return buffers, HostStaging(buffers, ring)
+    out = torch.full((2 * rows, elements), torch.nan, dtype=dtype, device=device)
+    buffers = TapBuffers(rows, out)
+    return buffers, DeviceStaging(buffers, ring)

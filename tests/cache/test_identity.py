@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hiddenlake.cache.errors import BadInputError
-from hiddenlake.cache.identity import Decoding, Identity, canonical_json, digest, sample_key
+from hiddenlake.cache.identity import Decoding, Identity, Sampling, canonical_json, digest, sample_key
 
 IDENTITY = Identity("m", "sha256:1", None, None, "bfloat16", "bfloat16", "t", "cities", "rule/1", Decoding(32))
 
@@ -26,7 +26,8 @@ def test_key_is_frozen():
     [
         ("model", "n"), ("weights", "sha256:2"), ("quantization", "awq"), ("lora", "a"), ("compute_dtype", "float32"),
         ("stored_dtype", "float32"), ("chat_template", None), ("task", "u"), ("judge", "rule/2"),
-        ("decoding", Decoding(33)), ("position_rules", 2),
+        ("decoding", Decoding(33)), ("decoding", Decoding(32, Sampling(0.7))), ("decoding", Decoding(0)),
+        ("decoding", Decoding(32, Sampling(stop=("\n",)))), ("position_rules", 2),
     ],
 )  # fmt: skip
 def test_every_field_of_the_identity_changes_the_key(field, value):
@@ -38,9 +39,36 @@ def test_prompt_row_and_sample_number_change_the_key():
     assert len(keys) == 8 and all(len(key) == 32 for key in keys)
 
 
-def test_no_answer_is_refused():
-    with pytest.raises(BadInputError, match="max_new_tokens is 0"):
-        Decoding(0)
+@pytest.mark.parametrize("field", [{"top_p": 0.9}, {"top_k": 5}, {"seed": 1}, {"temperature": 0.8}])
+def test_what_sampling_depends_on_changes_the_key(field):
+    sampled = replace(IDENTITY, decoding=Decoding(32, Sampling(0.7)))
+    other = replace(IDENTITY, decoding=Decoding(32, replace(Sampling(0.7), **field)))
+    assert sample_key(sampled, [1], 0, 0) != sample_key(other, [1], 0, 0)
+
+
+def test_a_greedy_answer_does_not_depend_on_the_seed():
+    seeded = replace(IDENTITY, decoding=Decoding(32, Sampling(seed=5)))
+    assert sample_key(seeded, [1], 0, 0) == sample_key(IDENTITY, [1], 0, 0)
+
+
+def test_every_sample_has_a_seed_of_its_own():
+    sampling = Sampling(0.7, seed=3)
+    seeds = {sampling.seed_of(index, k) for index in range(50) for k in range(30)}
+    assert len(seeds) == 1500 and all(0 <= seed < 2**31 for seed in seeds)
+    assert Sampling().seed_of(0, 0) is None
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": -1}, {"stop": ("",)}]
+)
+def test_bad_sampling_is_refused(bad):
+    with pytest.raises(BadInputError):
+        Sampling(**bad)
+
+
+def test_a_negative_length_is_refused():
+    with pytest.raises(BadInputError, match="max_new_tokens is -1"):
+        Decoding(-1)
 
 
 def test_digest_has_32_hex_digits():

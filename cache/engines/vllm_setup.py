@@ -1,0 +1,211 @@
+"""How vLLM is started for a capture: versions, settings, refusals. What differs between versions is said here."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hiddenlake.cache.engines.base import Request
+from hiddenlake.cache.errors import BadInputError, CaptureError
+from hiddenlake.cache.positions import wanted
+from hiddenlake.cache.worker.plan import Plan
+from hiddenlake.cache.worker.plugin import CONFIG_KEY
+
+# Version -> where it was tested. CI tests the first on a CPU; benchmarks/gpu tests CUDA builds.
+TESTED_VERSIONS = {"0.32.0": "CPU, V1 runner"}
+
+CPU_OPTIONS = {
+    "max_num_seqs": 64,  # more at once no longer raise throughput there
+    "enforce_eager": True,  # compiling takes minutes there and wins little
+    # a share of the machine's memory there; the default, 0.92, refuses to start beside other programs
+    "gpu_memory_utilization": 0.4,
+}
+
+# Engine arguments that change what is captured or how rows are laid out, and the values that were tested.
+_TESTED = {
+    "data_parallel_size": (1,),
+    "prefill_context_parallel_size": (1,),
+    "decode_context_parallel_size": (1,),
+    "enable_expert_parallel": (False,),
+    "enable_dbo": (False,),
+    "nnodes": (1,),
+    "async_scheduling": (None, True, False),
+}
+
+# Engine arguments that follow from the capture itself.
+_OURS = {
+    "model", "dtype", "max_model_len", "disable_log_stats", "worker_extension_cls", "scheduler_cls",
+    "additional_config", "enable_lora", "max_lora_rank", "max_loras",
+}  # fmt: skip
+
+# How long a killed engine may go unnoticed.
+_DEATH_SECONDS = 0.5
+
+
+def import_vllm() -> Any:
+    """The vllm package. Raises CaptureError without it, or with a version that was not tested."""
+    # stdout is data: vLLM logs there unless told otherwise, and at length
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        import vllm
+    except ImportError as error:
+        raise CaptureError(
+            f"vLLM cannot be imported ({error}): install `hiddenlake[vllm]`, or use --engine transformers"
+        ) from error
+    check_version(vllm.__version__)
+    return vllm
+
+
+def check_version(version: str) -> None:
+    """Raise CaptureError for a version of vLLM that was not tested."""
+    if version.split("+")[0] not in TESTED_VERSIONS:
+        raise CaptureError(
+            f"vLLM {version} was not tested: install {' or '.join(TESTED_VERSIONS)}, or use --engine transformers"
+        )
+
+
+def engine_options(request: Request) -> dict[str, Any]:
+    """vLLM's engine arguments for a capture, without those that `start` sets. Raises CaptureError, BadInputError."""
+    from vllm import EngineArgs
+    from vllm.platforms import current_platform
+
+    given = request.options
+    if unknown := sorted(given.keys() - {field.name for field in fields(EngineArgs)}):
+        raise BadInputError(f"vLLM has no engine argument {', '.join(unknown)}: see its EngineArgs")
+    if ours := sorted(given.keys() & _OURS):
+        raise BadInputError(f"vLLM's {', '.join(ours)} is set by hiddenlake: leave it out of the engine options")
+    for name, tested in _TESTED.items():
+        if given.get(name, tested[0]) not in tested:
+            raise CaptureError(f"vLLM's {name}={given[name]} was not tested with capture: leave it at {tested[0]}")
+    method = (given.get("speculative_config") or {}).get("method")
+    if given.get("speculative_config") and method != "ngram":
+        raise CaptureError(f"vLLM's speculative decoding by {method} was not tested with capture: use ngram, or none")
+    cpu = current_platform.is_cpu()
+    # off a CPU, vLLM compiles and captures graphs as shipped
+    options = (CPU_OPTIONS if cpu else {"max_num_seqs": 256}) | given
+    sampling = request.decoding.sampling
+    # a captured request never reads the prefix cache; only what feeds a last token behind a stop string does
+    options.setdefault("enable_prefix_caching", bool(sampling.stop))
+    if cpu and not sampling.greedy:
+        # vLLM 0.32 rewinds a seeded generator behind a partial prefill, which CPU generators cannot
+        options |= {"enable_chunked_prefill": False}
+        options.setdefault("max_num_batched_tokens", max(4096, request.max_length + 1))
+    if request.lora is not None:
+        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(request.lora)}
+    return options
+
+
+def _lora_rank(folder: str) -> int:
+    """The smallest rank that vLLM offers and that holds an adapter's."""
+    config = Path(folder) / "adapter_config.json"
+    try:
+        rank = json.loads(config.read_text())["r"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInputError(f"{config} could not be read ({error!r}): expected the folder of a PEFT LoRA adapter") from error
+    for offered in (8, 16, 32, 64, 128, 256, 320, 512):
+        if rank <= offered:
+            return offered
+    raise BadInputError(f"{config}: the adapter has rank {rank}, vLLM serves up to 512: merge it into the model")
+
+
+def start(request: Request, options: dict[str, Any], ring_rows: int, dense: bool) -> Any:
+    """An LLMEngine whose workers have the taps.
+
+    ring_rows : rows that wait on the host.  dense : whether a step may want every token that it computes.
+    """
+    from vllm import EngineArgs
+
+    arguments = EngineArgs(
+        model=request.model.path,
+        dtype=request.model.dtype,
+        # one position more than the answer needs: the last token is fed too
+        max_model_len=min(request.model.context, request.max_length + 1),
+        disable_log_stats=True,
+        worker_extension_cls="hiddenlake.cache.worker.extension.CaptureExtension",
+        **options,
+    )
+    config = arguments.create_engine_config()
+    scheduler = config.scheduler_config
+    name = "LastTokenAsyncScheduler" if scheduler.async_scheduling else "LastTokenScheduler"
+    scheduler.scheduler_cls = f"hiddenlake.cache.worker.scheduler.{name}"
+    step = scheduler.max_num_batched_tokens
+    drafts = config.speculative_config.num_speculative_tokens if config.speculative_config else 0
+    prompt_rows = len(wanted(request.positions, request.tokens, request.max_length).prompt)
+    plan = Plan(
+        sites=request.sites,
+        layers=request.layers,
+        n_layers=request.model.n_layers,
+        positions=request.positions,
+        tokens=request.tokens,
+        widths=request.model.widths,
+        dtype=request.model.dtype,
+        ring_rows=ring_rows,
+        max_rows=step if dense else min(step, scheduler.max_num_seqs * max(1 + drafts, prompt_rows)),
+    )
+    # hashed by vLLM into its compile cache's key, so that a graph without these taps is never reused
+    config.additional_config = {**config.additional_config, CONFIG_KEY: plan.to_json()}
+    try:
+        engine = _from_config(config)
+    except RuntimeError as error:
+        raise CaptureError(f"vLLM did not start: {error}") from error
+    _wake_on_death(engine)
+    return engine
+
+
+def _from_config(config: Any) -> Any:
+    """Build an LLMEngine from a finished configuration; separate process unless VLLM_ENABLE_V1_MULTIPROCESSING=0."""
+    from vllm import envs
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor import Executor
+
+    return LLMEngine(
+        vllm_config=config,
+        executor_class=Executor.get_class(config),
+        log_stats=False,
+        multiprocess_mode=envs.VLLM_ENABLE_V1_MULTIPROCESSING,
+    )
+
+
+@contextmanager
+def reported_death() -> Iterator[None]:
+    """Turn the death of vLLM's engine into a CaptureError."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise CaptureError(
+            "vLLM's engine died: its own message, if it left one, stands above; what was complete is stored, and "
+            "the same command goes on from there"
+        ) from error
+
+
+def _wake_on_death(engine: Any) -> None:
+    """Let calls that wait for an engine process fail when it is killed: vLLM 0.32 notes the death and waits on."""
+    client = engine.engine_core
+    if not hasattr(client, "outputs_queue"):
+        return  # the engine is in this process
+
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def watch() -> None:
+        while not client.resources.engine_dead:
+            time.sleep(_DEATH_SECONDS)
+        client.outputs_queue.put_nowait(EngineDeadError())
+        for future in list(client.utility_results.values()):
+            if not future.done():
+                future.set_exception(EngineDeadError())
+
+    threading.Thread(target=watch, name="hiddenlake-engine-watch", daemon=True).start()
+
+
+def is_ready(engine: Any) -> bool:
+    """Whether the engine's process has sent outputs that `step` would return at once."""
+    queue = getattr(engine.engine_core, "outputs_queue", None)  # an engine in this process has none
+    return queue is not None and not queue.empty()
