@@ -20,6 +20,7 @@ class Model:
     """A causal language model, without its weights.
 
     path : hub id or local folder, as the engines take it.
+    widths : kind of width -> elements, as in `Site.width`; without `mlp_act` where the family has none.
     context : most tokens that a sequence may have.
     end_ids : tokens that end an answer.
     weights : the hub's commit, or `sha256:` and the hash of the local weight files.
@@ -30,7 +31,7 @@ class Model:
     weights: str
     family: Family
     n_layers: int
-    hidden: int
+    widths: dict[str, int]
     context: int
     dtype: str
     quantization: str | None
@@ -72,7 +73,7 @@ def load_model(path: str | os.PathLike[str], dtype: str | None = None) -> Model:
     dtype : `bfloat16` or `float32`; default the checkpoint's own.
 
     Raises BadInputError when there is no such model or its dtype cannot be stored, UnknownNameError for an
-    architecture that is not supported, CaptureError without transformers.
+    architecture or variant that is not supported, CaptureError without transformers.
     """
     try:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -92,6 +93,7 @@ def load_model(path: str | os.PathLike[str], dtype: str | None = None) -> Model:
             f"a tokenizer, or the id of a model on the hub; `hiddenlake demo-model` prints one that needs no hub"
         ) from error
     family = family_of(getattr(config, "architectures", None))
+    family.check_config(config)
     checkpoint = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     dtype = dtype or checkpoint
     if dtype not in DTYPES:
@@ -119,7 +121,7 @@ def load_model(path: str | os.PathLike[str], dtype: str | None = None) -> Model:
         weights=hash_weights(Path(path)) if local else _hub_commit(path, config),
         family=family,
         n_layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
+        widths=family.widths(config),
         context=config.max_position_embeddings,
         dtype=dtype,
         quantization=None,
@@ -138,15 +140,15 @@ def _hub_commit(path: str, config: Any) -> str:
     return commit
 
 
-def hash_weights(folder: Path) -> str:
+def hash_weights(folder: Path, config: str = "config.json") -> str:
     """`sha256:` and the hash over the (name, size, SHA-256) of a folder's weight files and its config.
 
     Hashes of single files are remembered by (path, size, mtime) under the user's cache folder, since a 70B
     model takes minutes to read.
     """
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf") or p.name == "config.json")
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf") or p.name == config)
     if not any(p.suffix != ".json" for p in files):
-        raise BadInputError(f"{folder} holds no weight files: expected *.safetensors or *.bin beside config.json")
+        raise BadInputError(f"{folder} holds no weight files: expected *.safetensors or *.bin beside {config}")
     memory_path = cache_folder() / "weight-hashes.json"
     try:
         memory = json.loads(memory_path.read_text())

@@ -1,16 +1,19 @@
 """Transformers: the reference engine. Generates a batch, then reads its activations in one teacher-forced pass."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hiddenlake.cache import positions
+from hiddenlake.cache.engines import modules
 from hiddenlake.cache.engines.base import Request
 from hiddenlake.cache.errors import BadInputError, CaptureError
-from hiddenlake.cache.rows import find_fault, put_rows
+from hiddenlake.cache.filling import fill
+from hiddenlake.cache.pools import PromptPools
+from hiddenlake.cache.rows import find_fault
 from hiddenlake.cache.samples import Generation, Prompt
-from hiddenlake.cache.store.shard import attach
 from hiddenlake.cache.worker.plan import Placement
 
 _BATCH = 16
@@ -32,7 +35,9 @@ class TransformersEngine:
         model = request.model
         self._request = request
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(model.path, dtype=getattr(torch, model.dtype))
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            model.path, dtype=getattr(torch, model.dtype), attn_implementation=model.family.attention
+        )
         self._model.to(self._device).eval()
         self._batch = int(request.options.get("batch_size", _BATCH))
         needed = self._batch * request.rows_per_sample * request.row_bytes
@@ -41,9 +46,11 @@ class TransformersEngine:
                 f"--ring-bytes {request.ring_bytes} is too small: a batch of {self._batch} needs {needed} bytes; raise "
                 f"it, or lower batch_size"
             )
-        self._queue: list[Prompt] = []
-        # per finished sample: token index -> column, and its rows (tap, column, hidden) as stored bits
-        self._rows: dict[str, tuple[dict[int, int], np.ndarray]] = {}
+        self._table = request.table
+        self._queue: list[tuple[Prompt, Sequence[int] | None]] = []
+        # per finished sample: token index -> row, its rows (token, element) as stored bits, and pools of its prompt
+        self._rows: dict[str, tuple[dict[int, int], np.ndarray, PromptPools | None]] = {}
+        self._stored: list[tuple[str, str | None]] = []
         self.provenance = {
             "engine": "transformers",
             "transformers": transformers.__version__,
@@ -51,38 +58,79 @@ class TransformersEngine:
             "device": torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu",
         }
 
-    def has_room(self) -> bool:
+    def has_room(self, prompt: Prompt) -> bool:
         return len(self._queue) + len(self._rows) < self._batch
 
-    def submit(self, prompt: Prompt) -> None:
-        self._queue.append(prompt)
+    def submit(self, prompt: Prompt, tokens: Sequence[int] | None = None) -> None:
+        self._queue.append((prompt, tokens))
 
     def step(self) -> list[Generation]:
-        prompts, self._queue = self._queue, []
-        if not prompts:
+        queue, self._queue = self._queue, []
+        if not queue:
             return []
-        answers = self._generate(prompts)
+        prompts = [prompt for prompt, _ in queue]
+        sampling = self._request.decoding.sampling
+        if prompts[0].given is not None:
+            answers = [list(prompt.given) for prompt in prompts]
+        elif sampling.greedy:
+            answers = self._generate(prompts)
+        else:  # one by one, because each sample has a seed of its own
+            answers = [self._generate([prompt])[0] for prompt in prompts]
         sequences = [(*p.token_ids, *answer) for p, answer in zip(prompts, answers, strict=True)]
-        wanted = [self._wanted(len(p.token_ids), len(s)) for p, s in zip(prompts, sequences, strict=True)]
-        rows, logprobs = self.teacher_force(sequences, wanted, [len(p.token_ids) for p in prompts])
-        for prompt, tokens, block in zip(prompts, wanted, rows, strict=True):
-            self._rows[prompt.key] = ({token: column for column, token in enumerate(tokens)}, block)
-        ends = self._request.model.end_ids
-        return [
-            Generation(p.key, tuple(answer), tuple(lp), "stop" if answer[-1] in ends else "length")
-            for p, answer, lp in zip(prompts, answers, logprobs, strict=True)
+        lengths = [len(p.token_ids) for p in prompts]
+        wanted = [
+            self._wanted(q, len(s)) if tokens is None else list(tokens)
+            for (_, tokens), q, s in zip(queue, lengths, sequences, strict=True)
         ]
+        pooled = any(self._pools(q) for q in lengths)
+        kept = [sorted({*w, *range(q)}) if pooled else w for w, q in zip(wanted, lengths, strict=True)]
+        rows, logprobs = self.teacher_force(sequences, kept, lengths)
+        for prompt, tokens, block in zip(prompts, kept, rows, strict=True):
+            row_of = {token: row for row, token in enumerate(tokens)}
+            pools = None
+            if pooled:
+                q = len(prompt.token_ids)
+                pools = PromptPools(self._pools(q), prompt.token_ids, self._check)
+                # a fault is found again, and reported, when the sample is stored
+                pools.add(range(q), block[[row_of[token] for token in range(q)]])
+            self._rows[prompt.key] = row_of, block, pools
+        return [
+            self._generation(p, answer, lp) for p, answer, lp in zip(prompts, answers, logprobs, strict=True)
+        ]
+
+    def _generation(self, prompt: Prompt, answer: list[int], logprobs: list[float]) -> Generation:
+        reason, text = "given", None
+        if prompt.given is None:
+            reason = "stop" if answer[-1] in self._request.model.end_ids else "length"
+            stops = self._request.decoding.sampling.stop
+            shown = self._request.model.decode_answer(answer)
+            if ends := [shown.index(stop) for stop in stops if stop in shown]:
+                reason, text = "stop", shown[: min(ends)]
+        return Generation(prompt.key, tuple(answer), tuple(logprobs), reason, text)
 
     def _wanted(self, q: int, n: int) -> list[int]:
         """Token indices that some position may mean: no more than the ring was sized for."""
-        offsets = positions.answer_rows(self._request.positions)
-        answer = range(q, n) if offsets is None else [q + k for k in sorted(offsets) if q + k < n]
-        return [*positions.prompt_rows(self._request.positions, q), *answer]
+        want = positions.wanted(self._request.positions, self._request.tokens, q)
+        answer = range(q, n) if want.answer is None else [q + k for k in want.answer if q + k < n]
+        return [*want.prompt, *answer]
+
+    def _pools(self, q: int) -> tuple[str, ...]:
+        return positions.wanted(self._request.positions, self._request.tokens, q).pools
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Greedy answers, end-of-sequence token included."""
+        """Answers, end-of-sequence token included."""
         import torch
         from transformers import GenerationConfig
+
+        decoding = self._request.decoding
+        sampling = decoding.sampling
+        sampled: dict[str, Any] = {"do_sample": False}
+        if not sampling.greedy:
+            [prompt] = prompts
+            torch.manual_seed(sampling.seed_of(prompt.question.index, prompt.sample_index))
+            sampled = {
+                "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
+            }  # fmt: skip
 
         model = self._request.model
         # any id pads: the mask hides it
@@ -93,21 +141,35 @@ class TransformersEngine:
         for i, prompt in enumerate(prompts):
             ids[i, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask[i, width - len(prompt.token_ids) :] = 1
-        room = min(self._request.max_new_tokens, model.context - min(len(p.token_ids) for p in prompts))
+        room = min(decoding.max_new_tokens, model.context - min(len(p.token_ids) for p in prompts))
         with torch.inference_mode():
             # a config of our own: the checkpoint's may sample or penalise
             output = self._model.generate(
                 input_ids=ids.to(self._device),
                 attention_mask=mask.to(self._device),
                 generation_config=GenerationConfig(
-                    do_sample=False, max_new_tokens=room, eos_token_id=list(model.end_ids), pad_token_id=pad
+                    max_new_tokens=room,
+                    eos_token_id=list(model.end_ids),
+                    pad_token_id=pad,
+                    stop_strings=list(sampling.stop) or None,
+                    **sampled,
                 ),
+                **({"tokenizer": model.tokenizer} if sampling.stop else {}),
             )
         answers = []
         for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True):
             end = next((i + 1 for i, token in enumerate(row) if token in model.end_ids), len(row))
-            answers.append(row[: min(end, model.context - len(prompt.token_ids))])
+            answers.append(self._until_stop(row[: min(end, model.context - len(prompt.token_ids))]))
         return answers
+
+    def _until_stop(self, answer: list[int]) -> list[int]:
+        """The answer up to the token that completes a stop string; a batch goes on until its last answer stops."""
+        stops = self._request.decoding.sampling.stop
+        decode = self._request.model.decode_answer
+        for n in range(1, len(answer) + 1) if stops else ():
+            if any(stop in decode(answer[:n]) for stop in stops):
+                return answer[:n]
+        return answer
 
     def teacher_force(
         self, sequences: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
@@ -116,7 +178,7 @@ class TransformersEngine:
 
         wanted : token indices to keep, per sequence.
 
-        Returns the rows, per sequence (tap, token, hidden) as stored bits, and the log-probability of each
+        Returns the rows, per sequence (token, element) as stored bits, and the log-probability of each
         token from prompt_length on.
         """
         import torch
@@ -124,7 +186,7 @@ class TransformersEngine:
         from hiddenlake.cache.worker.bits import as_bits
         from hiddenlake.kernels.gather import gather_rows
 
-        request, table = self._request, self._request.table
+        request = self._request
         lengths = [len(s) for s in sequences]
         width = max(lengths)
         # padded on the right, where causal attention never looks
@@ -134,71 +196,57 @@ class TransformersEngine:
             ids[i, : len(sequence)] = torch.tensor(sequence)
             mask[i, : len(sequence)] = 1
         flat = torch.tensor([i * width + t for i, tokens in enumerate(wanted) for t in tokens], device=self._device)
+        slots = torch.arange(len(flat), device=self._device)
         count = torch.tensor([len(flat)], device=self._device)
         dtype = getattr(torch, request.model.dtype)
-        out = torch.full((len(table), len(flat), request.model.hidden), torch.nan, dtype=dtype, device=self._device)
+        out = torch.full((len(flat), len(self._table)), torch.nan, dtype=dtype, device=self._device)
 
-        def keep(row: int, hidden: torch.Tensor) -> None:
-            gather_rows(hidden.flatten(0, 1), None, flat, count, out[row])
+        def gather(offset: int, values: torch.Tensor) -> None:
+            gather_rows(values, None, flat, slots, count, out, offset)
 
-        handles = _hook(self._model, request, keep)
+        handles = [
+            modules.hook(self._model, request.model.family, site, layer, functools.partial(gather, offset))
+            for site, layer, offset, _ in self._table.taps()
+        ]
         try:
             with torch.inference_mode():
-                hidden = self._model.model(
+                hidden = self._model.base_model(
                     input_ids=ids.to(self._device), attention_mask=mask.to(self._device), use_cache=False
                 ).last_hidden_state
                 logprobs = []
                 for i, (sequence, q) in enumerate(zip(sequences, prompt_lengths, strict=True)):
-                    logits = self._model.lm_head(hidden[i, q - 1 : len(sequence) - 1]).float()
+                    logits = modules.logits(self._model, hidden[i, q - 1 : len(sequence) - 1])
                     answer = torch.tensor(sequence[q:], device=self._device)
                     logprobs.append(logits.log_softmax(-1).gather(1, answer[:, None])[:, 0].tolist())
         finally:
             for handle in handles:
                 handle.remove()
-        blocks = np.split(as_bits(out.cpu()), np.cumsum([len(tokens) for tokens in wanted])[:-1], axis=1)
+        blocks = np.split(as_bits(out.cpu()), np.cumsum([len(tokens) for tokens in wanted])[:-1])
         return blocks, logprobs
 
-    def store(self, handle: dict[str, Any], placements: Sequence[Placement]) -> list[str | None]:
-        import torch
+    def store(self, handles: Sequence[dict[str, Any]], placements: Sequence[Placement]) -> list[tuple[str, str | None]]:
+        for placement in placements:
+            row_of, block, pools = self._rows[placement.key]
 
+            def rows(tokens: Sequence[int], row_of: dict[int, int] = row_of, block: np.ndarray = block) -> np.ndarray:
+                return block[[row_of[token] for token in tokens]]
+
+            cause = fill(self._table, placement, handles, rows, pools, self._check)
+            self._stored.append((placement.key, cause))
+            if placement.done or cause is not None:
+                del self._rows[placement.key]
+        return self.stored(wait=False)
+
+    def stored(self, wait: bool) -> list[tuple[str, str | None]]:
+        found, self._stored = self._stored, []
+        return found
+
+    def _check(self, ids: Sequence[int], tokens: Sequence[int], rows: np.ndarray) -> str | None:
+        """See find_fault."""
         from hiddenlake.cache.worker.bits import as_bits
 
-        weight = self._model.get_submodule(self._request.model.family.embed).weight
-        causes: list[str | None] = []
-        for placement in placements:
-            column_of, block = self._rows.pop(placement.key)
-            present = [(p, token) for p, token in enumerate(placement.token_index) if token >= 0]
-            rows = block[:, [column_of[token] for _, token in present]]
-            ids = torch.tensor([placement.token_ids[token] for _, token in present], device=weight.device)
-            fault = find_fault(self._request.table, rows, as_bits(weight.detach()[ids].cpu()))
-            if fault is None:
-                put_rows(attach(handle), self._request.table, rows, [p for p, _ in present], placement.slot)
-            causes.append(fault)
-        return causes
+        embed = modules.embed(self._model, self._request.model.family, list(ids), list(tokens))
+        return find_fault(self._table, rows, as_bits(embed.cpu()))
 
     def close(self) -> None:
         self._model = None
-
-
-def _hook(model: Any, request: Request, keep: Any) -> list[Any]:
-    """Forward hooks for every tap of the table. Returns their handles."""
-    family = request.model.family
-    layers = model.get_submodule(family.layers)
-    handles = []
-    for row, (site, layer) in enumerate(request.table.pairs):
-        block = layers[layer]
-        module = {"attn_out": family.attn, "mlp_in": family.mlp, "mlp_out": family.mlp}.get(site)
-        module = block.get_submodule(module) if module else block
-        if site in ("embed", "resid_pre", "mlp_in"):
-
-            def before(module: Any, args: tuple, kwargs: dict, row: int = row) -> None:
-                keep(row, args[0] if args else kwargs["hidden_states"])
-
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        else:
-
-            def after(module: Any, args: tuple, output: Any, row: int = row) -> None:
-                keep(row, output[0] if isinstance(output, tuple) else output)
-
-            handles.append(module.register_forward_hook(after))
-    return handles
