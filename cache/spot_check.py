@@ -10,11 +10,15 @@ import numpy as np
 from hiddenlake.cache.engines.base import Request
 from hiddenlake.cache.engines.transformers import TransformersEngine
 from hiddenlake.cache.errors import BadInputError, IdentityError, StoreError
-from hiddenlake.cache.model import load_model
-from hiddenlake.cache.rows import TapTable
+from hiddenlake.cache.identity import Decoding
+from hiddenlake.cache.model import Model, load_model
+from hiddenlake.cache.pools import pool, widen
+from hiddenlake.cache.positions import ABSENT, POOLED, POOLS, span_of
+from hiddenlake.cache.rows import Block, TapTable
+from hiddenlake.cache.spans import find_window
 from hiddenlake.cache.store.files import write_atomic
 from hiddenlake.cache.store.layout import to_json_bytes
-from hiddenlake.cache.store.reader import Capture, widen
+from hiddenlake.cache.store.reader import Capture
 
 # Largest relative L2 error of any row, and the largest median over rows. Float32 rounding was measured at 3e-5.
 # In bfloat16, Hugging Face itself differs from float32 by up to 0.23 at tokens with massive activations, and by
@@ -50,6 +54,8 @@ def spot_check(capture: Capture, model: str | os.PathLike[str], samples: int, se
     """
     if samples < 1:
         raise BadInputError(f"a spot check of {samples} samples: expected 1 or more")
+    if capture.identity["lora"] is not None:
+        raise BadInputError("this capture was made with a LoRA adapter, which the reference engine does not load: merge it first")
     source = load_model(model, capture.identity["compute_dtype"])
     if source.weights != capture.identity["weights"]:
         raise IdentityError(
@@ -63,30 +69,21 @@ def spot_check(capture: Capture, model: str | os.PathLike[str], samples: int, se
             sites=coverage.sites,
             layers=coverage.layers,
             positions=coverage.positions,
-            max_new_tokens=1,
+            tokens=coverage.tokens,
+            decoding=Decoding(0),
             max_length=source.context,
             ring_bytes=1 << 62,  # teacher-forced rows do not wait
+            lora=None,
             options={"batch_size": 1},
         )
     )
-    table = TapTable(coverage.sites, coverage.layers, source.n_layers)
     rng = np.random.default_rng(seed)
     chosen = sorted(rng.choice(len(capture), min(samples, len(capture)), replace=False).tolist())
-    rows = capture.samples().take(chosen).to_pylist()
-    stored = {site: capture.read(site, samples=chosen, dtype="float32") for site in (*coverage.sites, "embed")}
     errors: list[np.ndarray] = []
-    for i, sample in enumerate(rows):
-        tokens = [token for token in sample["token_index"] if token >= 0]
-        columns = [p for p, token in enumerate(sample["token_index"]) if token >= 0]
-        [block], _ = engine.teacher_force([sample["token_ids"]], [tokens], [sample["prompt_length"]])
-        block = block if block.dtype == np.float32 else widen(block)
-        for site, values in stored.items():
-            expected = block[table.of_site(site)]
-            found = values[..., columns, i, :]
-            if site == "embed":
-                expected = expected[0]
-            scale = np.linalg.norm(expected, axis=-1)
-            errors.append((np.linalg.norm(found - expected, axis=-1) / scale).ravel())
+    for row, sample in zip(chosen, capture.samples().take(chosen).to_pylist(), strict=True):
+        ids = sample["token_ids"]
+        [rows], _ = engine.teacher_force([ids], [range(len(ids))], [sample["prompt_length"]])
+        errors += _errors(capture, engine.table, source, row, sample, rows)
     engine.close()
     every = np.concatenate(errors)
     worst, median = TOLERANCE[source.dtype]
@@ -95,3 +92,41 @@ def spot_check(capture: Capture, model: str | os.PathLike[str], samples: int, se
         write_atomic(capture.path / "spot_check.json", to_json_bytes(result.to_json()))
     return result
 
+
+def _errors(
+    capture: Capture, table: TapTable, model: Model, row: int, sample: dict[str, Any], rows: np.ndarray
+) -> list[np.ndarray]:
+    """Relative L2 errors of one sample's stored values. rows : (token, element), every token of it, computed anew."""
+    coverage = capture.coverage
+    q, n = sample["prompt_length"], sample["total_length"]
+    window = None
+    if sample["exact_answer_valid"]:
+        window = find_window(model.decode, sample["token_ids"][q:], sample["exact_answer"])
+        window = window and (q + window[0], q + window[1])
+    columns, cells = [], []
+    for p, (name, token) in enumerate(zip(coverage.positions, sample["token_index"], strict=True)):
+        if token == ABSENT:
+            continue
+        columns.append(p)
+        span = span_of(name, q, n, window) if token == POOLED else None
+        cells.append(widen(rows[[token]])[0] if span is None else pool(POOLS[name][0], rows[span.start : span.stop]))
+    errors = []
+    for block in table.blocks:
+        if columns:
+            found = capture.read(block.site, samples=row, dtype="float32")[..., columns, :]
+            errors.append(_relative(found, _of_block(np.stack(cells), block)))
+        if coverage.tokens is not None:
+            stored = capture.read_tokens(block.site, samples=row, dtype="float32")
+            if len(stored.token_index):
+                errors.append(_relative(stored.values, _of_block(widen(rows[stored.token_index]), block)))
+    return errors
+
+
+def _of_block(rows: np.ndarray, block: Block) -> np.ndarray:
+    """(layer, token, width) of a site, or (token, width), from packed rows (token, element)."""
+    values = rows[:, block.offset : block.end]
+    return values.reshape(len(rows), -1, block.width).transpose(1, 0, 2) if block.layers else values
+
+
+def _relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    return (np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)).ravel()

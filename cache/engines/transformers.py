@@ -30,6 +30,8 @@ class TransformersEngine:
             raise CaptureError(
                 f"transformers cannot be imported ({error}): install `hiddenlake[transformers]`"
             ) from error
+        if request.lora is not None:
+            raise CaptureError("the transformers engine loads no LoRA adapters: use vLLM, or merge the adapter into the model")
         if unknown := sorted(request.options.keys() - {"batch_size"}):
             raise BadInputError(f"the transformers engine has no option {', '.join(unknown)}: it has batch_size")
         model = request.model
@@ -46,7 +48,7 @@ class TransformersEngine:
                 f"--ring-bytes {request.ring_bytes} is too small: a batch of {self._batch} needs {needed} bytes; raise "
                 f"it, or lower batch_size"
             )
-        self._table = request.table
+        self.table = request.table
         self._queue: list[tuple[Prompt, Sequence[int] | None]] = []
         # per finished sample: token index -> row, its rows (token, element) as stored bits, and pools of its prompt
         self._rows: dict[str, tuple[dict[int, int], np.ndarray, PromptPools | None]] = {}
@@ -199,14 +201,14 @@ class TransformersEngine:
         slots = torch.arange(len(flat), device=self._device)
         count = torch.tensor([len(flat)], device=self._device)
         dtype = getattr(torch, request.model.dtype)
-        out = torch.full((len(flat), len(self._table)), torch.nan, dtype=dtype, device=self._device)
+        out = torch.full((len(flat), len(self.table)), torch.nan, dtype=dtype, device=self._device)
 
         def gather(offset: int, values: torch.Tensor) -> None:
             gather_rows(values, None, flat, slots, count, out, offset)
 
         handles = [
             modules.hook(self._model, request.model.family, site, layer, functools.partial(gather, offset))
-            for site, layer, offset, _ in self._table.taps()
+            for site, layer, offset, _ in self.table.taps()
         ]
         try:
             with torch.inference_mode():
@@ -231,7 +233,7 @@ class TransformersEngine:
             def rows(tokens: Sequence[int], row_of: dict[int, int] = row_of, block: np.ndarray = block) -> np.ndarray:
                 return block[[row_of[token] for token in tokens]]
 
-            cause = fill(self._table, placement, handles, rows, pools, self._check)
+            cause = fill(self.table, placement, handles, rows, pools, self._check)
             self._stored.append((placement.key, cause))
             if placement.done or cause is not None:
                 del self._rows[placement.key]
@@ -246,7 +248,7 @@ class TransformersEngine:
         from hiddenlake.cache.worker.bits import as_bits
 
         embed = modules.embed(self._model, self._request.model.family, list(ids), list(tokens))
-        return find_fault(self._table, rows, as_bits(embed.cpu()))
+        return find_fault(self.table, rows, as_bits(embed.cpu()))
 
     def close(self) -> None:
         self._model = None
