@@ -28,6 +28,7 @@ def digest(questions: Sequence[Question]) -> str:
     encode = cache(lambda strings: json.dumps(strings, separators=(",", ":")))
     sha = hashlib.sha256()
     for q in questions:
-        row = json.dumps([q.index, q.question, q.answers, q.group], separators=(",", ":"))
+        given = [] if q.given is None else [q.given]
+        row = json.dumps([q.index, q.question, q.answers, q.group, *given], separators=(",", ":"))
         sha.update(f"{row}\n{encode(q.wrong_answers)}\n".encode())
     return sha.hexdigest()

@@ -56,15 +56,31 @@ def demo_model_command(
 @app.command()
 def capture(
     model: Annotated[str, typer.Option(help="Hugging Face folder, or hub id.")],
-    task: Annotated[str, typer.Option(help="A task's name, or a JSONL or CSV file with question and answers.")],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="A task's name, or a JSONL or CSV file: question and answers to be asked, or prompt and answer, or "
+            "text, to be fed as they are."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The capture's folder, LAKE/NAME.")],
     sites: Annotated[str, typer.Option(help="Sites, by comma; both dialects of names.")] = "mlp_out",
     layers: Annotated[str, typer.Option(help="`all`, or 0-based layers: 13 or 0,5,10-12.")] = "all",
-    positions: Annotated[str, typer.Option(help="`paper`, named tokens, integers, by comma.")] = "paper",
+    positions: Annotated[
+        str,
+        typer.Option(help="`paper`, named tokens, integers, mean_answer or max_prompt, all or all_generated/8, by comma."),
+    ] = "paper",
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.")] = None,
     engine: Annotated[str, typer.Option(help="`vllm`, or `transformers`, the slower reference.")] = "vllm",
     dtype: Annotated[str | None, typer.Option(help="`bfloat16` or `float32`; default the checkpoint's own.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 for greedy answers.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens that make up this share.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from so many most probable tokens; 0 for all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    samples: Annotated[int, typer.Option(help="Answers a prompt; needs a temperature above 0.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends an answer; may be repeated.")] = None,
+    lora: Annotated[str | None, typer.Option(help="Folder of a LoRA adapter.")] = None,
     ring_bytes: Annotated[str, typer.Option(help="Memory for rows that wait for their positions.")] = "2GiB",
     buffer_bytes: Annotated[str, typer.Option(help="Memory for the two shards being filled and written.")] = "2GiB",
     shard_samples: Annotated[int | None, typer.Option(help="Samples a shard: what a crash can lose.")] = None,
@@ -80,6 +96,7 @@ def capture(
     from dataclasses import asdict
 
     from hiddenlake import capture as run
+    from hiddenlake.cache.identity import Sampling
     from hiddenlake.cache.progress import ProgressBar, size
 
     try:
@@ -100,6 +117,9 @@ def capture(
             engine=engine,
             dtype=dtype,
             max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_p, top_k, seed, tuple(stop or ())),
+            samples=samples,
+            lora=lora,
             ring_bytes=_bytes("--ring-bytes", ring_bytes),
             buffer_bytes=_bytes("--buffer-bytes", buffer_bytes),
             shard_samples=shard_samples,
