@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from hiddenlake.cache.rows import TapTable
 from hiddenlake.cache.worker.ring import Ring, runs
 from hiddenlake.cache.worker.taps import TapBuffers
 
@@ -16,12 +17,12 @@ class HostStaging:
     def begin(self, rows: list[int], slots: np.ndarray) -> None:
         """Before the forward pass: row `rows[i]` of the batch shall go to slot `slots[i]` of the ring.
 
-        The slots are filled with NaN first, so that a tap that does not fire leaves NaN, which no sample is stored
-        with, and never another token's row.
+        The first element of each tap is set to NaN before, so that a tap that does not fire leaves NaN, which no
+        sample is stored with, and never another token's row.
         """
         parts = runs(slots)
         for _, slot, n in parts:
-            self.ring.arena[slot : slot + n].fill_(torch.nan)
+            self.ring.arena[slot : slot + n].index_fill_(1, self.buffers.firsts, torch.nan)
         self.buffers.set(torch.tensor(rows, dtype=torch.int64), torch.from_numpy(slots))
         if len(parts) == 1 and (not rows or rows[-1] - rows[0] == len(rows) - 1):
             self.buffers.straight = (rows[0], parts[0][1], len(rows))
@@ -63,7 +64,8 @@ class DeviceStaging:
     def collect(self) -> None:
         """Bring the gathered rows home on a stream of their own, without waiting for the device.
 
-        The half is filled with NaN behind the copy, so that a tap that does not fire in a later step leaves NaN.
+        The first element of each tap is set to NaN behind the copy, so that a tap that does not fire in a later step
+        leaves NaN.
         """
         n = len(self._slots)
         if n == 0:
@@ -73,7 +75,7 @@ class DeviceStaging:
         with torch.cuda.stream(self._stream):
             for place, slot, length in runs(self._slots):
                 self.ring.arena[slot : slot + length].copy_(out[place : place + length], non_blocking=True)
-            out.fill_(torch.nan)
+            out.index_fill_(1, self.buffers.firsts, torch.nan)
             self._copied[self._parity].record()
         self._slots = self._slots[:0]
 
@@ -88,16 +90,19 @@ class DeviceStaging:
         mark.synchronize()
 
 
-def make_staging(rows: int, ring_rows: int, elements: int, dtype: torch.dtype, device: torch.device):
-    """(buffers for the taps, staging) of one process.
+def make_staging(
+    rows: int, ring_rows: int, table: TapTable, dtype: torch.dtype, device: torch.device
+) -> tuple[TapBuffers, HostStaging | DeviceStaging]:
+    """The taps' buffers and the staging of one process.
 
-    rows : most rows that one step can want.  ring_rows : of the ring.  elements : of a packed row.
+    rows : most rows that one step can want.  ring_rows : of the ring.
     """
     cuda = device.type == "cuda"
-    ring = Ring(ring_rows, elements, dtype, pinned=cuda)
+    ring = Ring(ring_rows, len(table), dtype, pinned=cuda)
+    firsts = torch.tensor([offset for _, _, offset, _ in table.taps()], dtype=torch.int64, device=device)
     if not cuda:
-        buffers = TapBuffers(rows, ring.arena)
+        buffers = TapBuffers(rows, ring.arena, firsts)
         return buffers, HostStaging(buffers, ring)
-    out = torch.full((2 * rows, elements), torch.nan, dtype=dtype, device=device)
-    buffers = TapBuffers(rows, out)
+    out = torch.full((2 * rows, len(table)), torch.nan, dtype=dtype, device=device)
+    buffers = TapBuffers(rows, out, firsts)
     return buffers, DeviceStaging(buffers, ring)

@@ -35,16 +35,17 @@ class TapBuffers:
     """Static buffers that taps read and write, on the model's device.
 
     rows, slots : (R,) int64, which row of the batch goes to which row of `out`.  count : (1,) int64, how many.
-    out : (C, element), packed rows.
+    out : (C, element), packed rows.  firsts : (tap,) int64, the first element of each tap in a row.
     straight : (first row, first slot, count) where both are consecutive and lie on a CPU, else None. Set before each
         step; read by taps that run eagerly, for which it saves the indexing.
     """
 
-    def __init__(self, max_rows: int, out: torch.Tensor) -> None:
+    def __init__(self, max_rows: int, out: torch.Tensor, firsts: torch.Tensor) -> None:
         self.rows = torch.zeros(max_rows, dtype=torch.int64, device=out.device)
         self.slots = torch.zeros(max_rows, dtype=torch.int64, device=out.device)
         self.count = torch.zeros(1, dtype=torch.int64, device=out.device)
         self.out = out
+        self.firsts = firsts
         self.straight: tuple[int, int, int] | None = None
 
     def set(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
