@@ -101,6 +101,7 @@ def _read_csv(path: Path, check: Check) -> Iterator[tuple[str, dict[str, Any]]]:
             )
         # An empty cell is how CSV leaves something out.
         row: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+        check(row, where)
         for column in _LISTS:
             if column in row:
                 row[column] = _csv_list(row[column], column, where)
