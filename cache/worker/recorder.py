@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from hiddenlake.cache.positions import Wanted, wanted
+from hiddenlake.cache.pools import Check, PromptPools
+from hiddenlake.cache.positions import Wanted, parse_positions, wanted
 from hiddenlake.cache.worker.bits import as_bits
 from hiddenlake.cache.worker.plan import (
-    CANARY, KEY_ARG, PROMPT_LENGTH_ARG, TAIL_ARG, TOKENS_ARG, Plan,
+    CANARY,
+    KEY_ARG,
+    POSITIONS_ARG,
+    PROMPT_LENGTH_ARG,
+    TAIL_ARG,
+    TOKENS_ARG,
+    Plan,
 )  # fmt: skip
-from hiddenlake.cache.pools import Check, PromptPools
 from hiddenlake.cache.worker.ring import Ring
 from hiddenlake.cache.worker.spill import Spill
 
@@ -96,16 +102,19 @@ class Recorder:
     def before_forward(self, scheduler_output: Any, *batch: Any) -> None:
         try:
             self._open_books(scheduler_output)
-            if not self._book_of:
-                # ordinary requests only: nothing to do but to tell the taps so, once
-                if self._active:
-                    self.staging.begin([], np.empty(0, np.int64))
-                    self._active = False
-                return
-            self._active = True
-            self.staging.begin(*self._map(self.rows_of(scheduler_output, *batch)))
+            if self._book_of:
+                self._active = True
+                self.staging.begin(*self._map(self.rows_of(scheduler_output, *batch)))
+            elif self._active:  # ordinary requests only: the taps are told once
+                self._idle()
         except Exception:  # noqa: BLE001 - reported as the cause of every sample in flight
             self._fail_all(traceback.format_exc(limit=3))
+            self._idle()
+
+    def _idle(self) -> None:
+        """Nothing is wanted of the next steps: what was wanted of the last one means other rows by then."""
+        self.staging.begin([], np.empty(0, np.int64))
+        self._active = False
 
     def after_forward(self) -> None:
         if not self._active:
@@ -217,6 +226,8 @@ class Recorder:
             key = extra.get(KEY_ARG)
             if key is None:
                 continue
+            if isinstance(key, list):  # vLLM names the i-th answer's request i_<name>
+                key = key[int(request.req_id.partition("_")[0])]
             n = len(request.prompt_token_ids)
             if TAIL_ARG in extra:  # the finished sample's last token, over what its first request computed
                 self._book_of[request.req_id] = key, n - 1
@@ -225,6 +236,8 @@ class Recorder:
                 continue
             q = int(extra.get(PROMPT_LENGTH_ARG, n))
             names, tokens = (("last_q", "-1"), None) if key == CANARY else (self.plan.positions, self.plan.tokens)
+            if POSITIONS_ARG in extra:
+                names, tokens = parse_positions(extra[POSITIONS_ARG])
             book = self.books[key] = Book(
                 prompt_length=q,
                 want=wanted(names, tokens, q),
