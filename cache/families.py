@@ -88,10 +88,11 @@ class Family:
         return f"{self.layers}.{layer}.{module}".rstrip("."), end
 
     def site_at(self, path: str) -> str | None:
-        """The site at a path within a layer, as Hugging Face names it; an output where it does not end in `.input`."""
-        if not path.endswith((".input", ".output")):
-            path += ".output"
-        return next((site for site, at in self.block.items() if at == path), None)
+        """The site at what follows a layer in Hugging Face's module path; an output where it does not end in `.input`."""
+        at = path if path in (".input", ".output") else path.removeprefix(".")
+        if not at.endswith((".input", ".output")):
+            at += ".output"
+        return next((site for site, place in self.block.items() if place == at), None)
 
     def check_sites(self, sites: Sequence[str]) -> None:
         """Raise UnknownNameError for a site that the family does not have."""

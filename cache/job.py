@@ -53,7 +53,6 @@ def plan_job(
 
     The arguments are those of `hiddenlake.cache.capture.capture`. Raises BadInputError, UnknownNameError.
     """
-    known, named_layers = parse_sites(sites)
     names, tokens = rules.parse_positions(positions)
     if samples < 1 or (samples > 1 and sampling.greedy):
         raise BadInputError(
@@ -64,6 +63,7 @@ def plan_job(
     if max_new_tokens < 1:
         raise BadInputError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
     source = load_model(model, dtype)
+    known, named_layers = parse_sites(sites, source.family)
     layer_numbers = parse_layers(named_layers if named_layers is not None else layers, source.n_layers)
     identity = Identity(
         model=source.name,

@@ -49,7 +49,7 @@ def disk(memory, tmp_path_factory):
 
 
 def test_a_grid_from_the_store_is_the_grid_from_memory(memory, disk):
-    grid, stored = fit_grid(memory, "mlp_out"), fit_grid(disk, "blocks.*.hook_mlp_out")
+    grid, stored = fit_grid(memory, "mlp_out"), fit_grid(disk, "blocks.*.mlp.hook_out")
     xr.testing.assert_equal(grid, stored)
     assert stored.attrs["capture"] == str(disk) and stored.attrs["model"] == "synthetic/model"
     assert stored.attrs["identity"] == digest(IDENTITY)

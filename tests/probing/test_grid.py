@@ -123,9 +123,10 @@ def test_progress_counts_the_control_too(capture):
     ("arguments", "error", "sentence"),
     [
         ({"site": "mlp"}, UnknownNameError, "unknown site 'mlp'"),
+        ({"site": "blocks.*.hook_mlp_out"}, UnknownNameError, "name the site itself"),
         ({"site": "attn_out"}, UnknownNameError, "the capture has no site 'attn_out': it has mlp_out"),
         ({"site": "embed"}, UnknownNameError, "the capture has no site 'embed'"),
-        ({"site": "blocks.1.hook_mlp_out"}, UnknownNameError, r"layers=\[1\]"),
+        ({"site": "blocks.1.mlp.hook_out"}, UnknownNameError, r"layers=\[1\]"),
         ({"label": "verdict"}, UnknownNameError, "no column 'verdict': the samples have answers, correct"),
         ({"label": "total_length"}, ProbeError, "expected true and false, or 1 and 0"),
         ({"groups": "country"}, UnknownNameError, "no column 'country': groups are `gold`, None, or one of"),
