@@ -55,7 +55,10 @@ def spot_check(capture: Capture, model: str | os.PathLike[str], samples: int, se
     if samples < 1:
         raise BadInputError(f"a spot check of {samples} samples: expected 1 or more")
     if capture.identity["lora"] is not None:
-        raise BadInputError("this capture was made with a LoRA adapter, which the reference engine does not load: merge it first")
+        raise BadInputError(
+            "this capture was made with a LoRA adapter, which the reference engine does not load: merge the adapter into "
+            "the model, and check a capture of that"
+        )
     source = load_model(model, capture.identity["compute_dtype"])
     if source.weights != capture.identity["weights"]:
         raise IdentityError(
@@ -87,7 +90,7 @@ def spot_check(capture: Capture, model: str | os.PathLike[str], samples: int, se
     engine.close()
     every = np.concatenate(errors)
     worst, median = TOLERANCE[source.dtype]
-    result = SpotCheck(len(rows), every.size, float(every.max()), float(np.median(every)), worst, median)
+    result = SpotCheck(len(chosen), every.size, float(every.max()), float(np.median(every)), worst, median)
     with suppress(StoreError):
         write_atomic(capture.path / "spot_check.json", to_json_bytes(result.to_json()))
     return result
