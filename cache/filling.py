@@ -67,5 +67,6 @@ def fill(
     except _Fault as fault:
         return str(fault)
     for handle, values, place in writes:
-        put_rows(attach(handles[handle]), table, values, place)
+        views = attach(handles[handle])
+        put_rows(views, table.part(frozenset(views), tuple(placement.layers)), values, place)
     return None

@@ -15,6 +15,7 @@ from hiddenlake.cache.worker.plan import Piece, Placement
 class Placed:
     """What is stored of one sample.
 
+    layers : of the coverage.
     token_index : (position,) as positions.resolve.
     pools : (position, function, start, stop) of each pooled position that is present.
     tokens : token indices of token-level data.
@@ -22,6 +23,7 @@ class Placed:
     """
 
     prompt_length: int
+    layers: tuple[int, ...]
     token_index: tuple[int, ...]
     pools: tuple[tuple[int, str, int, int], ...]
     tokens: range
@@ -39,7 +41,16 @@ class Placed:
     ) -> Placement:
         """Where the engine shall put the sample's rows. handle : None where only the pieces are placed."""
         return Placement(
-            sample.key, sample.token_ids, self.prompt_length, self.token_index, self.pools, handle, slot, tuple(pieces), done
+            key=sample.key,
+            token_ids=sample.token_ids,
+            prompt_length=self.prompt_length,
+            layers=self.layers,
+            token_index=self.token_index,
+            pools=self.pools,
+            handle=handle,
+            slot=slot,
+            pieces=tuple(pieces),
+            done=done,
         )
 
 
@@ -67,7 +78,7 @@ def place(
     if not last_fed and n - 1 in tokens:
         tokens, lost = tokens[:-1], True
     status = "the context is full: the last token has no activation" if lost else "complete"
-    return Placed(q, tuple(index.tolist()), tuple(pools), tokens, status)
+    return Placed(q, coverage.layers, tuple(index.tolist()), tuple(pools), tokens, status)
 
 
 def make_sample(

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 
@@ -62,6 +65,28 @@ class TapTable:
         for block in (*self.blocks, *((self.canary,) if own else ())):
             for layer in block.layers or (0,):
                 yield block.site, layer, block.layer_offset(layer) if block.layers else block.offset, block.width
+
+    def part(self, sites: frozenset[str], layers: tuple[int, ...]) -> tuple[Block, ...]:
+        """Where a coverage of some of these sites and layers finds its own: `first` is a place on its layer axis."""
+        return _part(self, sites, layers)
+
+
+@lru_cache(maxsize=64)
+def _part(table: TapTable, sites: frozenset[str], layers: tuple[int, ...]) -> tuple[Block, ...]:
+    blocks = []
+    for block in table.blocks:
+        if block.site not in sites:
+            continue
+        if not block.layers:
+            blocks.append(block)
+        mine = [layer for layer in layers if layer in block.layers]
+        lag = [block.layers.index(layer) - i for i, layer in enumerate(mine)]
+        # a block for each run of layers that lie side by side in the row
+        for _, group in groupby(zip(lag, mine, strict=True), itemgetter(0)):
+            run = tuple(layer for _, layer in group)
+            first, offset = layers.index(run[0]), block.layer_offset(run[0])
+            blocks.append(Block(block.site, run, first, offset, block.width, block.column))
+    return tuple(blocks)
 
 
 def tap_table(
@@ -140,14 +165,14 @@ def is_finite(values: np.ndarray) -> np.ndarray:
     return np.isfinite(values)
 
 
-def put_rows(views: Mapping[str, np.ndarray], table: TapTable, rows: np.ndarray, place: tuple) -> None:
+def put_rows(views: Mapping[str, np.ndarray], blocks: Sequence[Block], rows: np.ndarray, place: tuple) -> None:
     """Copy packed rows to where they belong in a shard.
 
     views : site -> (layer, *axes, width), without layer where the site has none; the type of `rows`.
-    rows : (token, element).
+    blocks : of the shard's sites and layers, as TapTable.part.  rows : (token, element).
     place : index into `axes` that selects as many cells as there are tokens: (positions, slot), or (tokens,).
     """
-    for block in table.blocks:
+    for block in blocks:
         values = rows[:, block.offset : block.end]
         columns = slice(block.column, block.column + block.width)
         if block.layers:

@@ -1,28 +1,28 @@
 """vLLM: generates in continuous batches while the taps in its workers capture."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from hiddenlake.cache.engines import vllm_setup as setup
 from hiddenlake.cache.engines.base import Request
+from hiddenlake.cache.engines.ranks import Ranks
+from hiddenlake.cache.engines.vllm_canary import canary_arguments, canary_params, judge_canary
 from hiddenlake.cache.errors import CaptureError
 from hiddenlake.cache.positions import wanted
 from hiddenlake.cache.samples import Generation, Prompt
 from hiddenlake.cache.worker.plan import (
-    CANARY, KEY_ARG, LAST_TOKEN_ARG, PROMPT_LENGTH_ARG, TAIL_ARG, TOKENS_ARG, Placement,
+    CANARY,
+    KEY_ARG,
+    LAST_TOKEN_ARG,
+    PROMPT_LENGTH_ARG,
+    TAIL_ARG,
+    TOKENS_ARG,
+    Placement,
 )  # fmt: skip
 
 # Samples in flight a sequence of the batch: enough that the engine never waits for the driver, and few enough to
 # leave work for other writers.
 _QUEUE = 4
-
-# Enough for a first token, and a last one that must be fed.
-_CANARY_TOKENS = 2
-
-# |log-probability by the captured stream - by the engine|. A wrong row is off by whole units; the spread is
-# rounding in norm and head, once a row and once in a batch.
-_CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 class VllmEngine:
@@ -72,7 +72,7 @@ class VllmEngine:
         self._reserved: dict[str, int] = {}
         self._prompts: dict[str, Prompt] = {}
         self._tails: dict[str, Generation] = {}
-        self._reports: dict[str, list[str | None]] = {}
+        self._reports = Ranks(self._ranks)
         self._last: set[str] = set()
         model_config = self._engine.vllm_config.model_config
         self.provenance = {
@@ -84,48 +84,18 @@ class VllmEngine:
         }
 
     def check_canary(self, prompt_ids: Sequence[int]) -> None:
-        """Send one prompt through, and refuse to go on unless every tap answers for it.
-
-        Hooks that never fire raise nothing. So every tap must have left a finite row that is not all zero, the
-        stream captured behind the last layer must give, through the model's own norm and head, the
-        log-probability that the engine itself reports, and the last token must have been fed.
+        """Send one prompt through, and refuse to go on unless every tap answers for it: see vllm_canary.
 
         Raises CaptureError.
         """
         ids = tuple(prompt_ids)
-        params = self._sampling.clone()
-        params.max_tokens, params.logprobs, params.stop, params.detokenize = _CANARY_TOKENS, 0, [], False
-        params.temperature = 0.0
-        params.extra_args = {KEY_ARG: CANARY, LAST_TOKEN_ARG: 1}
-        self._engine.add_request(CANARY, {"prompt_token_ids": list(ids)}, params, lora_request=self._lora)
+        self._engine.add_request(CANARY, {"prompt_token_ids": list(ids)}, canary_params(), lora_request=self._lora)
         finished: list[Generation] = []
         while not finished:
             finished = self.step()
         answer = finished[0]
-        last = len(ids) + len(answer.answer_ids) - 1
-        reports = self._call("hiddenlake_canary", CANARY, len(ids) - 1, answer.answer_ids[0], last)
-        refused = "the canary failed, so nothing is captured"
-        tested = ", ".join(setup.TESTED_VERSIONS)
-        for report in reports:
-            if "error" in report:
-                raise CaptureError(f"{refused}: {report['error']}")
-        if dead := [tap for report in reports for tap in report["dead"]]:
-            raise CaptureError(
-                f"{refused}: {len(dead)} of {sum(report['taps'] for report in reports)} taps left no values (first: "
-                f"{dead[0]}); the taps must be in the model before it is compiled"
-            )
-        logprob = next(report["logprob"] for report in reports if report["logprob"] is not None)
-        if not abs(logprob - answer.logprobs[0]) <= _CANARY_TOLERANCE[self._request.model.dtype]:
-            raise CaptureError(
-                f"{refused}: the stream behind the last layer gives the first answer token the log-probability "
-                f"{logprob:.4f}, the engine {answer.logprobs[0]:.4f}; this vLLM lays its batches out differently than "
-                f"the tested {tested}"
-            )
-        if not all(report["last"] for report in reports):
-            raise CaptureError(
-                f"{refused}: the last token was not fed; this vLLM does not run the last-token scheduler as the "
-                f"tested {tested} do"
-            )
+        reports = self._call("hiddenlake_canary", *canary_arguments(ids, answer.answer_ids))
+        judge_canary(reports, answer.logprobs[0], self._request.model.dtype)
         self._call("hiddenlake_drop", [CANARY])
 
     def has_room(self, prompt: Prompt) -> bool:
@@ -236,16 +206,10 @@ class VllmEngine:
         return self._merge(self._call("hiddenlake_stored", wait))
 
     def _merge(self, found: list[list[tuple[str, str | None]]]) -> list[tuple[str, str | None]]:
-        """A placement is stored once every rank has stored its part; the first cause counts."""
-        merged = []
-        for key, cause in (report for rank in found for report in rank):
-            reports = self._reports.setdefault(key, [])
-            reports.append(cause)
-            if len(reports) == self._ranks:
-                cause = next((cause for cause in self._reports.pop(key) if cause is not None), None)
-                merged.append((key, cause))
-                if cause is not None or key in self._last:
-                    self._forget(key)
+        merged = self._reports.merge(found)
+        for key, cause in merged:
+            if cause is not None or key in self._last:
+                self._forget(key)
         return merged
 
     def _forget(self, key: str) -> None:

@@ -43,6 +43,12 @@ _OURS = {
     "additional_config", "enable_lora", "max_lora_rank", "max_loras",
 }  # fmt: skip
 
+# Engine arguments of every vLLM with taps, beside the plan in its additional_config.
+TAP_ARGUMENTS = {
+    "worker_extension_cls": "hiddenlake.cache.worker.extension.CaptureExtension",
+    "scheduler_cls": "hiddenlake.cache.worker.scheduler.last_token_scheduler",
+}
+
 # How long a killed engine may go unnoticed.
 _DEATH_SECONDS = 0.5
 
@@ -127,16 +133,14 @@ def start(request: Request, options: dict[str, Any], ring_rows: int, dense: bool
         # one position more than the answer needs: the last token is fed too
         max_model_len=min(request.model.context, request.max_length + 1),
         disable_log_stats=True,
-        worker_extension_cls="hiddenlake.cache.worker.extension.CaptureExtension",
+        **TAP_ARGUMENTS,
         **options,
     )
     config = arguments.create_engine_config()
     scheduler = config.scheduler_config
-    name = "LastTokenAsyncScheduler" if scheduler.async_scheduling else "LastTokenScheduler"
-    scheduler.scheduler_cls = f"hiddenlake.cache.worker.scheduler.{name}"
-    step = scheduler.max_num_batched_tokens
     drafts = config.speculative_config.num_speculative_tokens if config.speculative_config else 0
     prompt_rows = len(wanted(request.positions, request.tokens, request.max_length).prompt)
+    rows = scheduler.max_num_seqs * max(1 + drafts, prompt_rows)
     plan = Plan(
         sites=request.sites,
         layers=request.layers,
@@ -146,7 +150,7 @@ def start(request: Request, options: dict[str, Any], ring_rows: int, dense: bool
         widths=request.model.widths,
         dtype=request.model.dtype,
         ring_rows=ring_rows,
-        max_rows=step if dense else min(step, scheduler.max_num_seqs * max(1 + drafts, prompt_rows)),
+        max_rows=None if dense else min(scheduler.max_num_batched_tokens, rows),
     )
     # hashed by vLLM into its compile cache's key, so that a graph without these taps is never reused
     config.additional_config = {**config.additional_config, CONFIG_KEY: plan.to_json()}

@@ -40,7 +40,7 @@ def install_recorder(worker: Any, plan_json: dict[str, Any]) -> None:
         ranks=tensor.world_size,
     )
     buffers, staging = make_staging(
-        plan.max_rows, plan.ring_rows, table, getattr(torch, plan.dtype), runner.device
+        plan.max_rows or runner.max_num_tokens, plan.ring_rows, table, getattr(torch, plan.dtype), runner.device
     )
     taps.install(model, family, table, buffers)
     # every rank of the first stage takes part in reading a split embedding

@@ -5,8 +5,11 @@ from typing import Any
 
 from hiddenlake.cache.positions import Tokens
 
-# Fields of SamplingParams.extra_args. A request without the first is not captured.
+# Fields of SamplingParams.extra_args. A request without the first is not captured: its key, or a list of keys where one
+# request has several answers.
 KEY_ARG = "hiddenlake"
+# The request's own positions, by name, instead of the plan's.
+POSITIONS_ARG = "hiddenlake_positions"
 # Whether the last token must be fed once more, so that it has an activation.
 LAST_TOKEN_ARG = "hiddenlake_last_token"
 # Given text is fed as one prompt: how much of it is the sample's own prompt.
@@ -28,7 +31,7 @@ class Plan:
     widths : kind of width -> elements, as Model.widths.
     dtype : `bfloat16` or `float32`, what is stored.
     ring_rows : rows of the ring; one holds one token of every tap.
-    max_rows : most rows that one step can want.
+    max_rows : most rows that one step can want; None for every token that it computes.
     spill : folder for rows that the ring has no place for, or None: such samples fail.
     """
 
@@ -40,7 +43,7 @@ class Plan:
     widths: dict[str, int]
     dtype: str
     ring_rows: int
-    max_rows: int
+    max_rows: int | None
     spill: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -78,6 +81,7 @@ class Placement:
     """Where a finished sample's rows go.
 
     token_ids : prompt + answer, as the engine returned them.
+    layers : of the coverage, which may be some of those that are tapped; as its sites are the shard's.
     token_index : (position,) index into token_ids, -1 where absent, -2 where pooled.
     pools : (position, function, start, stop) of each pooled position that is present.
     handle : which of the handles sent along.  slot : the sample's place in that shard.
@@ -88,6 +92,7 @@ class Placement:
     key: str
     token_ids: tuple[int, ...]
     prompt_length: int
+    layers: tuple[int, ...]
     token_index: tuple[int, ...]
     pools: tuple[tuple[int, str, int, int], ...]
     handle: int | None

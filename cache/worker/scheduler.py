@@ -76,3 +76,9 @@ class LastTokenScheduler(_LastTokenMixin, Scheduler):
 
 class LastTokenAsyncScheduler(_LastTokenMixin, AsyncScheduler):
     """For asynchronous scheduling."""
+
+
+def last_token_scheduler(*, vllm_config: Any, **settings: Any) -> Scheduler:
+    """What vLLM calls as its scheduler class: the one that fits its configuration."""
+    chosen = LastTokenAsyncScheduler if vllm_config.scheduler_config.async_scheduling else LastTokenScheduler
+    return chosen(vllm_config=vllm_config, **settings)
