@@ -5,13 +5,12 @@ from collections.abc import Callable, Sequence
 import ml_dtypes
 import numpy as np
 
-from hiddenlake.cache.store import reader
-
+from hiddenlake.cache.store import snapshot
 
 
 def widen(rows: np.ndarray) -> np.ndarray:
     """Stored bits as float32, exactly: bfloat16 given as uint16, or float32."""
-    return reader.widen(rows) if rows.dtype == np.uint16 else rows
+    return snapshot.widen(rows) if rows.dtype == np.uint16 else rows
 
 
 def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

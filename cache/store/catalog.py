@@ -13,7 +13,7 @@ from hiddenlake.cache.store.verify import RESULT
 def list_captures(lake: str | Path) -> list[dict[str, Any]]:
     """One entry a capture of a folder, by name; the folder itself may be one. What is no capture is left out.
 
-    Each entry has name and path, and model, task, sites, layers, positions, dtype, samples, planned, bytes and
+    Each entry has name and path, and model, task, sites, layers, positions, tokens, dtype, samples, planned, bytes and
     failures; for a capture that cannot be opened, `error` says why instead.
 
     Raises StoreError where there is no such folder.
@@ -42,6 +42,7 @@ def _facts(capture: Capture) -> dict[str, Any]:
         "sites": list(c.sites),
         "layers": len(c.layers),
         "positions": len(c.positions),
+        "tokens": None if c.tokens is None else str(c.tokens),
         "dtype": c.dtype,
         "samples": len(capture),
         "planned": capture.planned,

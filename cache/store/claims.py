@@ -7,8 +7,10 @@ All that is decided here is decided under one lock, and only between living writ
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import count
 from pathlib import Path
 
 from hiddenlake.cache.errors import CorruptError, StoreError
@@ -23,6 +25,7 @@ from hiddenlake.cache.store.files import (
     write_atomic,
 )
 from hiddenlake.cache.store.layout import Layout, to_json_bytes
+from hiddenlake.cache.store.metadata import arrays
 
 LOCK = "writers/lock"
 
@@ -31,18 +34,23 @@ class Claims:
     """One writer's standing in a capture: its name, its reservations and its claims.
 
     Methods that say so must be called inside `with claims.lock():`.
+
+    living : writers that lived when the lock was taken. Commits are published without the lock, so whoever reads them
+        after this knows all commits of the others, which are dead.
     """
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self.path = path
         self.layout = layout
         self.writer = secrets.token_hex(8)
+        self.living: set[str] = set()
         self._file = FileLock(self._writer_file(self.writer))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """The capture's one lock, held for as long as deciding takes; never while data is written."""
         with storing(self.path), FileLock(self.path / LOCK):
+            self.living = {writer for writer in self._writers() if self._lives(writer)}
             yield
 
     def leave(self) -> None:
@@ -67,20 +75,19 @@ class Claims:
     def reserved_by_others(self) -> set[str]:
         """Keys that other living writers work on. Under the lock."""
         reserved: set[str] = set()
-        for writer in self._writers() - {self.writer}:
+        for writer in self.living - {self.writer}:
             with suppress(FileNotFoundError):
-                if self._lives(writer):
-                    for line in self._writer_file(writer).read_text().splitlines():
-                        reserved.update(json.loads(line))
+                for line in self._writer_file(writer).read_text().splitlines():
+                    reserved.update(json.loads(line))
         return reserved
 
     def reserve(self, keys: list[str]) -> None:
         """Tell the other writers. Under the lock."""
         self._file.append(json.dumps(keys).encode() + b"\n")
 
-    def read(self, shard: int) -> tuple[str, int] | None:
-        """(writer, fencing) of a shard's claim, or None."""
-        file = self.path / "claims" / str(shard)
+    def read(self, claim: str) -> tuple[str, int] | None:
+        """(writer, fencing) of a claim (`sample_claim`, `token_claim`), or None."""
+        file = self.path / claim
         try:
             document = json.loads(file.read_bytes())
             return document["writer"], document["fencing"]
@@ -93,20 +100,47 @@ class Claims:
             ) from error
 
     def claim(self) -> tuple[int, int]:
-        """Claim the lowest shard that nobody committed and no living writer holds. Under the lock.
+        """Claim the lowest sample shard that nobody committed and no living writer holds. Under the lock.
 
         Returns (shard, fencing number).
         """
         committed = list_commits(self.path)
-        shard = 0
-        while True:
-            if shard not in committed:
-                held = self.read(shard)
-                if held is None or not self._lives(held[0]):
+        shard = next(k for k in count() if k not in committed and not self._held(sample_claim(k)))
+        return shard, self._take(sample_claim(shard), self.layout.files_of(shard) + self._derived(shard))
+
+    def claim_tokens(self, first: int | None, shards: int, committed: Container[int]) -> dict[int, int]:
+        """Claim neighbouring token shards that no commit vouches for and no living writer holds. Under the lock.
+
+        first : the lowest of them, or None for the first run that is free.
+        committed : token shards that the capture's commits, read under the same lock, vouch for.
+
+        Returns shard -> fencing number; empty where `first` was given and some of them are not free.
+        """
+
+        def free(shard: int) -> bool:
+            return shard not in committed and not self._held(token_claim(shard))
+
+        if first is None:
+            first, run = 0, 0
+            for shard in count():
+                first, run = (first, run + 1) if free(shard) else (shard + 1, 0)
+                if run == shards:
                     break
-            shard += 1
+        elif not all(map(free, range(first, first + shards))):
+            return {}
+        return {
+            shard: self._take(token_claim(shard), self.layout.token_files_of(shard))
+            for shard in range(first, first + shards)
+        }
+
+    def _held(self, claim: str) -> bool:
+        held = self.read(claim)
+        return held is not None and held[0] in self.living
+
+    def _take(self, claim: str, files: list[str]) -> int:
+        """Take a claim that is free, removing the files that a dead writer left. Returns its fencing number."""
+        held, file = self.read(claim), self.path / claim
         fencing = 1 if held is None else held[1] + 1
-        file = self.path / "claims" / str(shard)
         document = to_json_bytes({"writer": self.writer, "fencing": fencing})
         if held is None:
             if not create_exclusive(file, document):
@@ -115,56 +149,67 @@ class Claims:
                     f"flock: put the capture on a local file system, or run one writer at a time"
                 )
         else:
-            self._remove_shard(shard)
+            for name in files:
+                remove(self.path / name)
             write_atomic(file, document)
-        return shard, fencing
+        return fencing
 
-    def _remove_shard(self, shard: int) -> None:
-        """Remove what a dead writer left of a shard that it did not commit."""
-        for name in (*self.layout.files_of(shard), *self.layout.derived_files(shard).values()):
-            remove(self.path / name)
+    def _derived(self, shard: int) -> list[str]:
+        return list(self.layout.derived_files(shard).values())
 
-    def sweep(self) -> None:
+    def sweep(self, committed: Container[int]) -> None:
         """Remove what dead writers left: unfinished files, and shards without a commit. Under the lock.
+
+        committed : token shards that the capture's commits, read under the same lock, vouch for.
 
         What a living writer holds is never touched. Claims stay: the next to claim counts their fencing up.
         """
-        committed = list_commits(self.path)
-        lives: dict[int, bool] = {}
-
-        def held(shard: int) -> bool:
-            if shard not in lives:
-                claim = self.read(shard)
-                lives[shard] = claim is not None and self._lives(claim[0])
-            return lives[shard]
-
+        commits = list_commits(self.path)
+        held = cache(self._held)
         for folder in self._folders():
             for name in os.listdir(self.path / folder):
                 final = final_name(name)
-                shard = self._shard(folder, final or name)
+                claim, there = self._claim_of(folder, final or name, commits, committed)
                 if final is None:
-                    left = shard is not None and shard not in committed and not held(shard)
+                    left = claim is not None and not there and not held(claim)
                 elif folder == "failures":
-                    left = not self._lives(final.partition(".")[0])
+                    left = final.partition(".")[0] not in self.living
                 else:
-                    # Without a shard it is metadata or a claim, which is written under the lock only.
-                    left = shard is None or not held(shard)
+                    # Without a claim it is metadata or itself a claim, which is written under the lock only.
+                    left = claim is None or not held(claim)
                 if left:
                     remove(self.path / folder / name)
-        for writer in self._writers():
-            if not self._lives(writer):
-                remove(self._writer_file(writer))
+        for writer in self._writers() - self.living:
+            remove(self._writer_file(writer))
+
+    def _claim_of(
+        self, folder: str, name: str, commits: Container[int], committed: Container[int]
+    ) -> tuple[str | None, bool]:
+        """(the claim that a file is written under, whether its shard was committed), or (None, False)."""
+        file = f"{folder}/{name}"
+        if folder == "commits":
+            shard = int(name[:-5]) if name[:-5].isdigit() else None
+        elif (shard := self.layout.token_shard_of(file)) is not None:
+            return token_claim(shard), shard in committed
+        else:
+            shard = self.layout.shard_of(file)
+        return (None, False) if shard is None else (sample_claim(shard), shard in commits)
 
     def _folders(self) -> Iterator[str]:
         yield from ("", "claims", "commits", "failures", "samples", "writers")
-        for name in self.layout.arrays(1):
+        for name in arrays(self.layout, 1, 1):
             if (self.path / name).is_dir():
                 yield name
 
-    def _shard(self, folder: str, name: str) -> int | None:
-        if folder == "commits":
-            return int(name[:-5]) if name[:-5].isdigit() else None
-        return self.layout.shard_of(f"{folder}/{name}")
+
+def sample_claim(shard: int) -> str:
+    """The file that says who may write a sample shard."""
+    return f"claims/{shard}"
+
+
+def token_claim(shard: int) -> str:
+    """The file that says who may write a token shard."""
+    return f"claims/tokens.{shard}"
 
 
 def enter(path: Path, layout: Layout) -> Claims:

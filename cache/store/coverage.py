@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from hiddenlake.cache.errors import UnknownNameError
-from hiddenlake.cache.positions import ABSENT, POOLED, POOLS, parse_positions
+from hiddenlake.cache.positions import ABSENT, POOLED, POOLS, Tokens, parse_positions
 from hiddenlake.cache.sites import SITES
 
 EMBED = "embed"
@@ -22,13 +22,15 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Which cells a capture holds: a full box of layers x positions for each site, and `embed` always.
+    """Which activations a capture holds: cells, a full box of layers x positions for each site, and tokens, a full box of
+    layers x some tokens of each sample; both of `embed` too.
 
     sites : names of sites, in the order of the site table. `embed` is not named.
     layers : 0-based block indices, ascending. () where no site has layers, whatever was given.
-    positions : names, in the order of the store's position axis.
+    positions : names, in the order of the store's position axis. () where only tokens are stored.
     widths : last axis of each site, in elements. `embed` may be left out beside another site as wide as it.
     dtype : `bfloat16` or `float32`, as stored.
+    tokens : which tokens of each sample are stored, or None for none.
 
     Raises ValueError (UnknownNameError for a name that does not exist).
     """
@@ -38,6 +40,7 @@ class Coverage:
     positions: tuple[str, ...]
     widths: dict[str, int]
     dtype: str = "bfloat16"
+    tokens: Tokens | None = None
 
     def __post_init__(self) -> None:
         for name in ("sites", "layers", "positions"):
@@ -52,7 +55,9 @@ class Coverage:
             object.__setattr__(self, "layers", ())
         elif not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise ValueError(f"layers {self.layers}: expected ascending 0-based block indices, each once")
-        if parse_positions(self.positions)[0] != self.positions:
+        if not self.positions and self.tokens is None:
+            raise ValueError("neither positions nor tokens are given: expected one of them")
+        if self.positions and parse_positions(self.positions) != (self.positions, None):
             raise ValueError(f"positions {self.positions}: expected canonical names, each once; use parse_positions")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r}: expected {' or '.join(DTYPES)}")
@@ -84,20 +89,37 @@ class Coverage:
             expected = POOLED if name in POOLS else f"0 to {total_length - 1}"
             raise ValueError(f"token_index of {name} is {index}: expected {expected}, or {ABSENT} where it is absent")
 
+    def check_tokens(self, length: int, prompt_length: int, total_length: int, complete: bool) -> None:
+        """Raise ValueError unless so many tokens of a sample are stored as there are.
+
+        complete : whether nothing is known to be missing; else the sequence's last token may be.
+        """
+        wanted = self.tokens.indices(prompt_length, total_length) if self.tokens else range(0)
+        may_lack = not complete and total_length - 1 in wanted
+        if length != len(wanted) and not (may_lack and length == len(wanted) - 1):
+            raise ValueError(f"{length} tokens of a sample are stored: expected the {len(wanted)} of {self.tokens}")
+
     def to_json(self) -> dict[str, Any]:
-        return {
+        facts = {
             "sites": list(self.sites),
             "layers": list(self.layers),
             "positions": list(self.positions),
             "widths": dict(self.widths),
             "dtype": self.dtype,
         }
+        # Left out where there are none, as in captures that were made before there were any.
+        return facts if self.tokens is None else facts | {"tokens": str(self.tokens)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Coverage":
         return cls(
-            tuple(data["sites"]), tuple(data["layers"]), tuple(data["positions"]), dict(data["widths"]), data["dtype"]
+            tuple(data["sites"]),
+            tuple(data["layers"]),
+            tuple(data["positions"]),
+            dict(data["widths"]),
+            data["dtype"],
+            Tokens.parse(data["tokens"]) if "tokens" in data else None,
         )
 
     def __hash__(self) -> int:
-        return hash((self.sites, self.layers, self.positions, tuple(self.widths.items()), self.dtype))
+        return hash((self.sites, self.layers, self.positions, tuple(self.widths.items()), self.dtype, self.tokens))

@@ -3,8 +3,9 @@
 Readers that know only Zarr need them; ours does not. Whatever is missing or different is rebuilt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,41 +16,48 @@ from hiddenlake.cache.store.layout import Layout, encode_numbers, encode_strings
 from hiddenlake.cache.store.root import Root
 from hiddenlake.cache.store.tables import decode
 
+if TYPE_CHECKING:
+    import pyarrow
 
-def derived_chunks(
-    layout: Layout,
-    shard: int,
-    slots: Sequence[int],
-    keys: Sequence[str],
-    token_index: Sequence[Sequence[int]],
-    prompt_length: Sequence[int],
-) -> dict[str, bytes]:
-    """The chunks of `sample`, `token_index`, `in_answer` and `committed` of one shard, by file.
 
-    slots, keys, token_index, prompt_length : one entry a sample; token_index is (sample, position).
+def derived_chunks(layout: Layout, commit: Commit, cells: Mapping[int, tuple[Sequence[int], int]]) -> dict[str, bytes]:
+    """The chunks that repeat what is known of one shard's samples, by file.
+
+    cells : slot -> token_index, (position,), and prompt length of each sample.
     """
-    B = layout.samples
-    names = [""] * B
-    tokens = np.full((len(layout.coverage.positions), B), ABSENT, "<i4")
-    lengths = np.zeros(B, np.int64)
-    committed = np.zeros(B, bool)
-    for slot, key, index, length in zip(slots, keys, token_index, prompt_length, strict=True):
-        names[slot], tokens[:, slot], lengths[slot], committed[slot] = key, index, length, True
-    files = layout.derived_files(shard)
-    return {
-        files["sample"]: encode_strings(names),
-        files["token_index"]: encode_numbers(tokens),
-        files["in_answer"]: encode_numbers(in_answer(layout.coverage.positions, tokens, lengths) & (tokens != ABSENT)),
-        files["committed"]: encode_numbers(committed),
+    B, positions = layout.samples, layout.coverage.positions
+    files = layout.derived_files(commit.shard)
+    chunks = {
+        files["sample"]: encode_strings([key or "" for key in commit.keys]),
+        files["committed"]: encode_numbers(np.array([key is not None for key in commit.keys])),
     }
+    if positions:
+        index, lengths = np.full((len(positions), B), ABSENT, "<i4"), np.zeros(B, np.int64)
+        for slot, (token_index, length) in cells.items():
+            index[:, slot], lengths[slot] = token_index, length
+        inside = in_answer(positions, index, lengths) & (index != ABSENT)
+        chunks |= {files["token_index"]: encode_numbers(index), files["in_answer"]: encode_numbers(inside)}
+    if layout.coverage.tokens:
+        spans = np.array([span or (-1, 0) for span in commit.spans])
+        chunks |= {
+            files["sample_start"]: encode_numbers(spans[:, 0].astype("<i8")),
+            files["sample_length"]: encode_numbers(spans[:, 1].astype("<i4")),
+        }
+    return chunks
 
 
-def derived_chunks_of(path: Path, layout: Layout, commit: Commit) -> dict[str, bytes]:
-    """The same, from what a commit vouches for. Raises CorruptError."""
+def cells_of(table: "pyarrow.Table") -> dict[int, tuple[Sequence[int], int]]:
+    """What `derived_chunks` wants to know, from samples/<shard>.parquet."""
+    columns = (table[name].to_pylist() for name in ("slot", "token_index", "prompt_length"))
+    return {slot: (index, length) for slot, index, length in zip(*columns, strict=True)}
+
+
+def _derived_chunks_of(path: Path, layout: Layout, commit: Commit) -> dict[str, bytes]:
     name = layout.samples_file(commit.shard)
-    columns = ["slot", "key", "token_index", "prompt_length"]
-    table = decode(read_checked(path, commit, name), path / name, columns)
-    return derived_chunks(layout, commit.shard, *(table[column].to_pylist() for column in columns))
+    raw = read_checked(path, name, commit.files[name], [commit.shard])
+    return derived_chunks(
+        layout, commit, cells_of(decode(raw, path / name, ["slot", "token_index", "prompt_length"]))
+    )  # fmt: skip
 
 
 def differs(path: Path, name: str, data: bytes) -> bool:
@@ -67,6 +75,6 @@ def rebuild(path: Path, root: Root, commits: Sequence[Commit]) -> None:
         if differs(path, name, data):
             write_atomic(path / name, data)
     for commit in commits:
-        for name, data in derived_chunks_of(path, layout, commit).items():
+        for name, data in _derived_chunks_of(path, layout, commit).items():
             if differs(path, name, data):
                 write_atomic(path / name, data)

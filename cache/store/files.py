@@ -13,7 +13,7 @@ import secrets
 import shutil
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -84,8 +84,8 @@ def _write_all(descriptor: int, data) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _write_temporary(path: Path, data, preallocate: bool = False) -> Path:
-    """Write and fsync `data` beside `path`. Whatever fails, no unfinished file is left where that can be helped."""
+def _write_temporary(path: Path, parts: Sequence, preallocate: bool = False) -> Path:
+    """Write and fsync the parts, one behind the other, beside `path`. Whatever fails, no unfinished file is left where that can be helped."""
     temporary = _temporary(path)
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     try:
@@ -93,11 +93,12 @@ def _write_temporary(path: Path, data, preallocate: bool = False) -> Path:
             if preallocate and hasattr(os, "posix_fallocate"):
                 try:
                     # The blocks are found once, and a full disk is known before the long write.
-                    os.posix_fallocate(descriptor, 0, memoryview(data).nbytes)
+                    os.posix_fallocate(descriptor, 0, sum(memoryview(part).nbytes for part in parts))
                 except OSError as error:
                     if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                         raise
-            _write_all(descriptor, data)
+            for part in parts:
+                _write_all(descriptor, part)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -108,17 +109,17 @@ def _write_temporary(path: Path, data, preallocate: bool = False) -> Path:
     return temporary
 
 
-def write_atomic(path: str | os.PathLike, data, preallocate: bool = False) -> None:
+def write_atomic(path: str | os.PathLike, *parts, preallocate: bool = False) -> None:
     """Write a file so that a reader sees the old one or the new one, durably on return.
 
-    data : bytes or a C-contiguous buffer, written in one sequential pass without a copy.
+    parts : bytes or C-contiguous buffers, written one behind the other in one sequential pass without a copy.
     preallocate : reserve the blocks first; worth it for shards.
 
     Raises StoreError.
     """
     path = Path(path)
     with storing(path):
-        temporary = _write_temporary(path, data, preallocate)
+        temporary = _write_temporary(path, parts, preallocate)
         try:
             os.rename(temporary, path)
         except BaseException:
@@ -137,7 +138,7 @@ def create_exclusive(path: str | os.PathLike, data: bytes) -> bool:
     """
     path = Path(path)
     with storing(path):
-        temporary = _write_temporary(path, data)
+        temporary = _write_temporary(path, [data])
         try:
             os.link(temporary, path)
             created = True

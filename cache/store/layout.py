@@ -1,126 +1,81 @@
-"""The layout of one capture: its arrays, where each byte of a shard lies, its Zarr v3 metadata.
+"""The layout of one capture: which files it has, and where each byte of a shard lies.
 
-L layers, P positions, N samples, B samples a shard, W width of a site. Nothing here touches a file.
+L layers, P positions, N samples, B samples a shard, T tokens a chunk, W width of a site. Nothing here touches a file.
 """
 
 import json
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from hiddenlake.cache.errors import CorruptError, StoreError
-from hiddenlake.cache.positions import POOLS
+from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.sites import SITES
-from hiddenlake.cache.store.coverage import DTYPES, EMBED, Coverage
+from hiddenlake.cache.store.coverage import EMBED, Coverage
 from hiddenlake.cache.store.files import crc32c
-
-FORMAT_VERSION = 1
+from hiddenlake.cache.store.shard_file import ShardFile
 
 ROW_CRC = "row_crc"
-
-# Every inner chunk starts on a page, as direct and GPU-direct reads want it.
-ALIGNMENT = 4096
-
-# Below this a read is dominated by its fixed costs; 256 samples of SmolLM2 and 32 of an 8B model reach it.
-CHUNK_BYTES = 256 * 1024
+TOKENS = "tokens"
 
 # One buffer fills while the other is written.
 BUFFERS = 2
 
 
 @dataclass(frozen=True)
-class ShardFile:
-    """Where the bytes of one shard of one activation array lie.
-
-    outer : chunks of a shard along the leading axes, (L, P), or (P,) for a site without layers.
-    samples : B.  width : W.  dtype : name.
-
-    The file is the chunks, each (B, W) with its crc32c and then zeros up to the next page, and the index.
-    """
-
-    outer: tuple[int, ...]
-    samples: int
-    width: int
-    dtype: str
-
-    @property
-    def bits(self) -> np.dtype:
-        return DTYPES[self.dtype][0]
-
-    @property
-    def row_bytes(self) -> int:
-        return self.width * self.bits.itemsize
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a chunk without its checksum."""
-        return self.samples * self.row_bytes
-
-    @property
-    def pitch(self) -> int:
-        """Bytes from the start of one chunk to the start of the next."""
-        return -(-(self.chunk_bytes + 4) // ALIGNMENT) * ALIGNMENT
-
-    @property
-    def chunks(self) -> int:
-        return math.prod(self.outer)
-
-    @property
-    def index_offset(self) -> int:
-        return self.chunks * self.pitch
-
-    @property
-    def size(self) -> int:
-        return self.index_offset + 16 * self.chunks + 4
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.outer, self.samples, self.width)
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Of a view of the file as an array of `shape`, in bytes."""
-        outer = tuple(self.pitch * math.prod(self.outer[axis + 1 :]) for axis in range(len(self.outer)))
-        return (*outer, self.row_bytes, self.bits.itemsize)
-
-    @cached_property
-    def index(self) -> bytes:
-        """The shard index of sharding_indexed: (offset, bytes) a chunk, little-endian uint64, and its crc32c."""
-        table = np.empty((self.chunks, 2), "<u8")
-        table[:, 0] = np.arange(self.chunks, dtype=np.uint64) * np.uint64(self.pitch)
-        table[:, 1] = self.chunk_bytes + 4
-        raw = table.tobytes()
-        return raw + crc32c(raw).to_bytes(4, "little")
-
-
-@dataclass(frozen=True)
 class Layout:
-    """Everything that coverage and B decide about a capture's files.
+    """Everything that coverage and the sizes of shards decide about a capture's files.
 
     coverage : what is stored.  samples : B.
+    chunk_tokens, shard_tokens : T, and tokens a token shard, a multiple of T; 0 without token-level data.
+    files, token_files : site -> its file in a sample shard, and in a token shard whose chunks are all there.
     """
 
     coverage: Coverage
     samples: int
+    chunk_tokens: int = 0
+    shard_tokens: int = 0
     files: dict[str, ShardFile] = field(init=False, compare=False)
+    token_files: dict[str, ShardFile] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        c = self.coverage
-        files = {}
+        c, T, K = self.coverage, self.chunk_tokens, self.shard_tokens
+        if (T < 1 or K < T or K % T) if c.tokens else (T or K):
+            raise ValueError(
+                f"{K} tokens a shard in chunks of {T}: expected a multiple of the chunk where the coverage has tokens, "
+                f"and 0 where it has none"
+            )
+        cells, tokens = {}, {}
         for site in (*c.sites, EMBED):
-            outer = (len(c.layers), len(c.positions)) if SITES[site].layered else (len(c.positions),)
-            files[site] = ShardFile(outer, self.samples, c.widths[site], c.dtype)
-        object.__setattr__(self, "files", files)
+            layers = (len(c.layers),) if SITES[site].layered else ()
+            if c.positions:
+                cells[site] = ShardFile((*layers, len(c.positions)), self.samples, c.widths[site], c.dtype)
+            if T:
+                tokens[site] = ShardFile((*layers, K // T), T, c.widths[site], c.dtype)
+        object.__setattr__(self, "files", cells)
+        object.__setattr__(self, "token_files", tokens)
 
     @property
     def shard_bytes(self) -> int:
         """Bytes of one shard of all sites and `embed`: what one shard buffer takes in memory."""
         return sum(file.size for file in self.files.values())
+
+    @property
+    def token_shard_bytes(self) -> int:
+        """The same of a token shard whose chunks are all there."""
+        return sum(file.size for file in self.token_files.values())
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of all layers and sites and `embed`, in token-level data."""
+        return -(-self.token_shard_bytes // self.shard_tokens) if self.shard_tokens else 0
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that a writer's buffers take in memory."""
+        return BUFFERS * (self.shard_bytes + self.token_shard_bytes)
 
     def data_file(self, site: str, shard: int) -> str:
         return f"{site}/c.{'0.' * len(self.files[site].outer)}{shard}.0"
@@ -128,81 +83,53 @@ class Layout:
     def row_crc_file(self, site: str, shard: int) -> str:
         return f"{ROW_CRC}/{site}/c.{'0.' * len(self.files[site].outer)}{shard}"
 
+    def token_data_file(self, site: str, shard: int) -> str:
+        return f"{TOKENS}/{site}/c.{'0.' * SITES[site].layered}{shard}.0"
+
+    def token_row_crc_file(self, site: str, shard: int) -> str:
+        return f"{ROW_CRC}/{TOKENS}/{site}/c.{'0.' * SITES[site].layered}{shard}"
+
     @staticmethod
     def samples_file(shard: int) -> str:
         return f"samples/{shard}.parquet"
 
     def files_of(self, shard: int) -> list[str]:
-        """The files that a commit vouches for."""
+        """The files of a sample shard, which its commit vouches for."""
         return [
             *(self.data_file(site, shard) for site in self.files),
             *(self.row_crc_file(site, shard) for site in self.files),
             self.samples_file(shard),
         ]
 
-    @staticmethod
-    def derived_files(shard: int) -> dict[str, str]:
+    def token_files_of(self, shard: int) -> list[str]:
+        """The files of a token shard, for which every commit vouches that has tokens in it."""
+        return [
+            *(self.token_data_file(site, shard) for site in self.token_files),
+            *(self.token_row_crc_file(site, shard) for site in self.token_files),
+        ]
+
+    def derived_files(self, shard: int) -> dict[str, str]:
         """Chunks that repeat what samples/ and commits/ say, for readers that know Zarr only."""
-        return {
-            "token_index": f"token_index/c.0.{shard}",
-            "in_answer": f"in_answer/c.0.{shard}",
-            "committed": f"committed/c.{shard}",
-            "sample": f"sample/c.{shard}",
-        }
+        files = {"committed": f"committed/c.{shard}", "sample": f"sample/c.{shard}"}
+        if self.files:
+            files |= {"token_index": f"token_index/c.0.{shard}", "in_answer": f"in_answer/c.0.{shard}"}
+        if self.token_files:
+            files |= {name: f"{TOKENS}/{name}/c.{shard}" for name in ("sample_start", "sample_length")}
+        return files
 
     def shard_of(self, file: str) -> int | None:
-        """The shard that a file's path belongs to, or None when it belongs to no shard."""
-        for number in re.findall(r"\d+", file)[-2:]:
-            shard = int(number)
-            if file in self.files_of(shard) or file in self.derived_files(shard).values():
-                return shard
-        return None
+        """The sample shard that a file's path belongs to, or None when it belongs to none."""
+        return _number(file, lambda k: {*self.files_of(k), *self.derived_files(k).values()})
 
-    def arrays(self, shards: int) -> dict[str, dict[str, Any]]:
-        """The zarr.json of every array and sub-group, by path, for a sample axis of `shards` shards."""
-        c, B, N = self.coverage, self.samples, self.samples * shards
-        L, P = len(c.layers), len(c.positions)
-        documents = {}
-        for site, file in self.files.items():
-            shape = (*file.outer, N, file.width)
-            names = (*_outer_names(site), "sample", SITES[site].width)
-            inner = (*(1 for _ in file.outer), B, file.width)
-            documents[site] = _array(
-                shape, c.dtype, (*file.outer, B, file.width), "NaN", names, [_sharding(inner)], SITES[site].meaning
-            )
-        documents[ROW_CRC] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-        for site, file in self.files.items():
-            documents[f"{ROW_CRC}/{site}"] = _array(
-                (*file.outer, N), "uint32", (*file.outer, B), 0, (*_outer_names(site), "sample"), _BYTES,
-                "crc32c of each row's bytes",
-            )  # fmt: skip
-        if L:
-            documents["layer"] = _array((L,), "int64", (L,), 0, ("layer",), _BYTES, "0-based block index")
-        # Captures without poolings keep the words that they were made with.
-        token = "index into prompt + answer, -1 if absent" + ", -2 if pooled" * any(p in POOLS for p in c.positions)
-        documents |= {
-            "position": _array((P,), "string", (P,), "", ("position",), _STRINGS, "named token"),
-            "sample": _array((N,), "string", (B,), "", ("sample",), _STRINGS, "sample key, empty in a free slot"),
-            "token_index": _array((P, N), "int32", (P, B), -1, ("position", "sample"), _BYTES, token),
-            "in_answer": _array(
-                (P, N), "bool", (P, B), False, ("position", "sample"), _BYTES, "whether the token lies in the answer"
-            ),
-            "committed": _array((N,), "bool", (B,), False, ("sample",), _BYTES, "whether the slot holds a sample"),
-        }
-        return documents
+    def token_shard_of(self, file: str) -> int | None:
+        """The token shard that a file's path belongs to, or None when it belongs to none."""
+        return _number(file, self.token_files_of)
 
-    def root(self, shards: int, facts: dict[str, Any]) -> dict[str, Any]:
-        """The capture's zarr.json: `facts` under one attribute, and the metadata of every array, consolidated."""
-        return {
-            "zarr_format": 3,
-            "node_type": "group",
-            "attributes": {"hiddenlake": facts},
-            "consolidated_metadata": {
-                "kind": "inline",
-                "must_understand": False,
-                "metadata": dict(sorted(self.arrays(shards).items())),
-            },
-        }
+    def token_shards_of(self, start: int, length: int) -> range:
+        """The token shards that a span of the token axis lies in."""
+        if not length:
+            return range(0)
+        return range(start // self.shard_tokens, (start + length - 1) // self.shard_tokens + 1)
 
     def folders(self) -> Iterator[str]:
         """Folders that hold files other than arrays' chunks."""
@@ -212,7 +139,14 @@ class Layout:
         """Files of the two coordinates that never change."""
         c = self.coverage
         layers = {"layer/c.0": encode_numbers(np.asarray(c.layers, "<i8"))} if c.layers else {}
-        return layers | {"position/c.0": encode_strings(c.positions)}
+        return layers | ({"position/c.0": encode_strings(c.positions)} if c.positions else {})
+
+
+def _number(file: str, files_of: Callable[[int], Container[str]]) -> int | None:
+    for number in re.findall(r"\d+", file)[-2:]:
+        if file in files_of(int(number)):
+            return int(number)
+    return None
 
 
 def encode_strings(values: tuple[str, ...] | list[str]) -> bytes:
@@ -255,79 +189,3 @@ def check_signed(document: Any, file: str) -> dict[str, Any]:
 
 def _canonical(body: Any) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-
-
-def shard_samples(coverage: Coverage, planned: int, buffer_bytes: int) -> int:
-    """B: the smallest power of two that makes the narrowest site's chunk at least 256 KiB.
-
-    It is no larger than the planned samples need, and small enough for two shard buffers in `buffer_bytes`.
-
-    Raises StoreError when not even one sample a shard fits.
-    """
-    narrowest = min(ShardFile((1,), 1, width, coverage.dtype).row_bytes for width in coverage.widths.values())
-    wanted = _power_of_two(-(-CHUNK_BYTES // narrowest))
-    samples = min(wanted, _power_of_two(max(1, planned)))
-    while samples > 1 and BUFFERS * Layout(coverage, samples).shard_bytes > buffer_bytes:
-        samples //= 2
-    check_buffers(Layout(coverage, samples), buffer_bytes)
-    return samples
-
-
-def check_buffers(layout: Layout, buffer_bytes: int) -> None:
-    """Raise StoreError unless two shard buffers fit in `buffer_bytes`."""
-    needed = BUFFERS * layout.shard_bytes
-    if needed > buffer_bytes:
-        c = layout.coverage
-        raise StoreError(
-            f"two shard buffers of {layout.samples} samples a shard x {len(c.layers)} layers x {len(c.positions)} "
-            f"positions x {len(c.sites)} sites take {needed / 2**20:.1f} MiB, but the buffer may take "
-            f"{buffer_bytes / 2**20:.1f} MiB: allow more buffer memory, or capture fewer layers, positions or sites"
-        )
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _outer_names(site: str) -> tuple[str, ...]:
-    return ("layer", "position") if SITES[site].layered else ("position",)
-
-
-_BYTES = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-_STRINGS = [{"name": "vlen-utf8"}, {"name": "crc32c"}]
-
-
-def _sharding(inner: tuple[int, ...]) -> dict[str, Any]:
-    return {
-        "name": "sharding_indexed",
-        "configuration": {
-            "chunk_shape": list(inner),
-            "codecs": _BYTES,
-            "index_codecs": _BYTES,
-            "index_location": "end",
-        },
-    }
-
-
-def _array(
-    shape: tuple[int, ...],
-    data_type: str,
-    chunk: tuple[int, ...],
-    fill: Any,
-    names: tuple[str, ...],
-    codecs: list[dict[str, Any]],
-    meaning: str,
-) -> dict[str, Any]:
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(shape),
-        "data_type": data_type,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
-        # Dots: all shards of an array lie in one folder, which is fsynced once a shard.
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": fill,
-        "codecs": codecs,
-        "attributes": {"long_name": meaning},
-        "dimension_names": list(names),
-    }

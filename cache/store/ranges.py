@@ -1,5 +1,6 @@
-"""Positioned, checked reads of byte ranges of shard files, in parallel over shards."""
+"""Positioned, checked reads of byte ranges of shard files, in parallel over files."""
 
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -14,9 +15,9 @@ import google_crc32c
 import numpy as np
 
 from hiddenlake.cache.errors import CorruptError
-from hiddenlake.cache.store.commits import Commit, read_checked, remedy
+from hiddenlake.cache.store.commits import Commit, FileRecord, read_checked, remedy
 from hiddenlake.cache.store.files import crc32c
-from hiddenlake.cache.store.layout import Layout, ShardFile
+from hiddenlake.cache.store.shard_file import ShardFile
 
 # Several reads in flight hide a cold disk's latency, also on few cores.
 _THREADS = min(16, 4 + (os.cpu_count() or 1))
@@ -32,35 +33,53 @@ _CACHE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class ShardRead:
-    """What one read wants of one shard.
+class Part:
+    """Some rows of some chunks of one file, and where they go.
 
-    slots : (n,) slots in the shard.  into : (n,) places along the result's sample axis.
+    cells : (place in the result, chunk number); the rows of a place have their own axis, the one before the last.
+    slots : (n,) rows of each of the chunks.  into : (n,) their places along that axis.
     """
 
-    path: Path
-    layout: Layout
-    commit: Commit
-    site: str
+    cells: list[tuple[tuple[int, ...], int]]
     slots: np.ndarray
     into: np.ndarray
 
-    @property
-    def shape(self) -> ShardFile:
-        return self.layout.files[self.site]
+
+@dataclass(frozen=True, slots=True)
+class FileRead:
+    """What one read wants of one shard file.
+
+    path : the capture.  name, row_crc : the file and its row checksums, inside the capture.
+    shape : where its bytes lie.
+    commits : who vouches for it, at least one.
+    """
+
+    path: Path
+    name: str
+    row_crc: str
+    shape: ShardFile
+    commits: tuple[Commit, ...]
+    parts: list[Part]
 
     @property
     def file(self) -> Path:
-        return self.path / self.layout.data_file(self.site, self.commit.shard)
+        return self.path / self.name
+
+    def record(self, name: str) -> FileRecord:
+        return self.commits[0].files[name]
+
+    @property
+    def shards(self) -> list[int]:
+        return [commit.shard for commit in self.commits]
 
 
-def read_shards(reads: Sequence[ShardRead], outer: Sequence[Sequence[int]], out: np.ndarray, check: bool) -> None:
-    """Fill out (*outer, sample, width), bits, from several shards. Raises CorruptError."""
+def read_files(reads: Sequence[FileRead], out: np.ndarray, check: bool) -> None:
+    """Fill out (..., row, width), bits, from several files. Raises CorruptError."""
     if not out.size:
         return
     for start in range(0, len(reads), _OPEN_FILES):
         with ExitStack() as stack:
-            plans = [_plan(read, outer, check, stack) for read in reads[start : start + _OPEN_FILES]]
+            plans = [_plan(read, check, stack) for read in reads[start : start + _OPEN_FILES]]
             if len(plans) == 1 or out.nbytes < _THREADS_FROM_BYTES:
                 for plan in plans:
                     plan.fill(out)
@@ -77,39 +96,36 @@ def _pool(pid: int) -> ThreadPoolExecutor:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """One shard's part of a read: an open file, whose ranges the kernel was told to fetch.
+    """One file's part of a read: an open file, whose ranges the kernel was told to fetch.
 
-    cells : (place in the result, chunk number).  slots, into : as in ShardRead, by slot.
-    runs : (first, last + 1, first slot) of neighbours among the distinct slots, or None to read whole chunks.
+    whole : whether to read whole chunks, or single rows.
     """
 
-    read: ShardRead
+    read: FileRead
     descriptor: int
-    cells: list[tuple[tuple[int, ...], int]]
-    slots: np.ndarray
-    into: np.ndarray
-    runs: list[tuple[int, int, int]] | None
+    whole: bool
     check: bool
 
     def fill(self, out: np.ndarray) -> None:
-        if self.runs is None:
-            self._fill_from_chunks(out)
-        else:
-            self._fill_from_rows(out)
+        scratch = np.empty((self.read.shape.rows, self.read.shape.width), self.read.shape.bits)
+        for part in self.read.parts:
+            if self.whole:
+                self._fill_from_chunks(out, part, scratch)
+            else:
+                self._fill_from_rows(out, part)
 
-    def _fill_from_chunks(self, out: np.ndarray) -> None:
+    def _fill_from_chunks(self, out: np.ndarray, part: Part, scratch: np.ndarray) -> None:
         """Whole chunks, checked by their own crc32c."""
         shape, read = self.read.shape, self.read
         # A chunk that lands in the result as it is, is read straight into it.
-        straight = len(self.slots) == shape.samples and bool(
-            (self.slots == np.arange(shape.samples)).all() and (np.diff(self.into) == 1).all()
+        straight = len(part.slots) == shape.rows and bool(
+            (part.slots == np.arange(shape.rows)).all() and (np.diff(part.into) == 1).all()
         )
-        scratch = None if straight else np.empty((shape.samples, shape.width), shape.bits)
         checksum = np.empty(4, np.uint8)
-        for place, chunk in self.cells:
-            target = out[place][self.into[0] : self.into[0] + shape.samples] if straight else scratch
+        for place, chunk in part.cells:
+            target = out[place][part.into[0] : part.into[0] + shape.rows] if straight else scratch
             data = target.reshape(-1).view(np.uint8)
-            offset = chunk * shape.pitch
+            offset = shape.offset(chunk)
             _preadv(read, self.descriptor, [data, checksum], offset)
             found, stored = crc32c(data), int.from_bytes(checksum.tobytes(), "little")
             if found != stored:
@@ -118,19 +134,22 @@ class _Plan:
                     f"but {stored:#010x} was stored: {_remedy(read)}"
                 )
             if not straight:
-                out[place][self.into] = scratch[self.slots]
+                out[place][part.into] = scratch[part.slots]
 
-    def _fill_from_rows(self, out: np.ndarray) -> None:
+    def _fill_from_rows(self, out: np.ndarray, part: Part) -> None:
         """Single rows, checked by row_crc; runs of neighbours are read at once."""
         shape, read = self.read.shape, self.read
-        distinct, back = np.unique(self.slots, return_inverse=True)
+        distinct, back = np.unique(part.slots, return_inverse=True)
+        starts = np.flatnonzero(np.diff(distinct, prepend=-2) != 1)
+        runs = list(zip(starts.tolist(), [*starts[1:].tolist(), len(distinct)], distinct[starts].tolist(), strict=True))
         checksums = _row_checksums(read) if self.check else None
         scratch = np.empty((len(distinct), shape.width), shape.bits)
         row = np.dtype((np.void, shape.row_bytes))
-        for place, chunk in self.cells:
-            for start, stop, slot in self.runs:
+        for place, chunk in part.cells:
+            offset = shape.offset(chunk)
+            for start, stop, slot in runs:
                 data = scratch[start:stop].reshape(-1).view(np.uint8)
-                _preadv(read, self.descriptor, [data], chunk * shape.pitch + slot * shape.row_bytes)
+                _preadv(read, self.descriptor, [data], offset + slot * shape.row_bytes)
             if checksums is not None:
                 rows = scratch.view(row).ravel().tolist()
                 found = np.fromiter(map(google_crc32c.value, rows), np.uint32, len(distinct))
@@ -138,45 +157,38 @@ class _Plan:
                 if len(wrong):
                     slot = int(distinct[wrong[0]])
                     raise CorruptError(
-                        f"{read.file}: the row at byte {chunk * shape.pitch + slot * shape.row_bytes} "
+                        f"{read.file}: the row at byte {offset + slot * shape.row_bytes} "
                         f"({shape.row_bytes} bytes) has crc32c {int(found[wrong[0]]):#010x}, but "
                         f"{int(checksums[chunk, slot]):#010x} was stored: {_remedy(read)}"
                     )
-            out[place][self.into] = scratch[back]
+            out[place][part.into] = scratch[back]
 
 
-def _plan(read: ShardRead, outer: Sequence[Sequence[int]], check: bool, stack: ExitStack) -> _Plan:
-    """Open a shard's file, check what is checked once, choose between rows and chunks, start the read-ahead."""
+def _plan(read: FileRead, check: bool, stack: ExitStack) -> _Plan:
+    """Open a file, check what is checked once, choose between rows and chunks, start the read-ahead."""
     shape = read.shape
     descriptor = _open(read)
     stack.callback(os.close, descriptor)
     if check:
         _check_index(read, descriptor)
-    places = np.ndindex(*(len(axis) for axis in outer))
-    numbers = np.ravel_multi_index(np.meshgrid(*outer, indexing="ij"), shape.outer).ravel().tolist()
-    cells = list(zip(places, numbers, strict=True))
-    order = np.argsort(read.slots, kind="stable")
-    slots, into = read.slots[order], read.into[order]
-    distinct = np.unique(slots)
-    rows_bytes = len(cells) * len(distinct) * shape.row_bytes
-    checksums_bytes = read.commit.files[read.layout.row_crc_file(read.site, read.commit.shard)].size
-    runs = None
-    if not check or rows_bytes + (0 if _cached(read) else checksums_bytes) < len(cells) * shape.chunk_bytes:
-        starts = np.flatnonzero(np.diff(distinct, prepend=-2) != 1)
-        stops = np.append(starts[1:], len(distinct))
-        runs = [(int(a), int(b), int(distinct[a])) for a, b in zip(starts, stops, strict=True)]
-    first, last = (0, shape.samples - 1) if runs is None else (int(distinct[0]), int(distinct[-1]))
-    _will_need(descriptor, shape, sorted(set(numbers)), first * shape.row_bytes, (last + 1) * shape.row_bytes + 4)
-    return _Plan(read, descriptor, cells, slots, into, runs, check)
+    rows = sum(len(part.cells) * len(np.unique(part.slots)) for part in read.parts)
+    chunks = sum(len(part.cells) for part in read.parts)
+    checksums_bytes = 0 if _cached(read) else read.record(read.row_crc).size
+    whole = check and rows * shape.row_bytes + checksums_bytes >= chunks * shape.chunk_bytes
+    for part in read.parts:
+        first, last = (0, shape.rows - 1) if whole else (int(part.slots.min()), int(part.slots.max()))
+        numbers = sorted({chunk for _, chunk in part.cells})
+        _will_need(descriptor, shape, numbers, first * shape.row_bytes, (last + 1) * shape.row_bytes + 4)
+    return _Plan(read, descriptor, whole, check)
 
 
-def _open(read: ShardRead) -> int:
-    size = read.commit.files[read.layout.data_file(read.site, read.commit.shard)].size
+def _open(read: FileRead) -> int:
+    size = read.record(read.name).size
     try:
         descriptor = os.open(read.file, os.O_RDONLY)
     except OSError as error:
         raise CorruptError(
-            f"{read.file}: {error.strerror}, but shard {read.commit.shard} was committed with it ({size} bytes): "
+            f"{read.file}: {error.strerror}, but shard {read.shards[0]} was committed with it ({size} bytes): "
             f"{_remedy(read)}"
         ) from error
     found = os.fstat(descriptor).st_size
@@ -188,7 +200,7 @@ def _open(read: ShardRead) -> int:
     return descriptor
 
 
-def _preadv(read: ShardRead, descriptor: int, buffers: list[np.ndarray], offset: int) -> None:
+def _preadv(read: FileRead, descriptor: int, buffers: list[np.ndarray], offset: int) -> None:
     wanted = sum(buffer.nbytes for buffer in buffers)
     try:
         got = os.preadv(descriptor, buffers, offset)
@@ -220,25 +232,25 @@ def _will_need(descriptor: int, shape: ShardFile, chunks: list[int], start: int,
     """
     if not hasattr(os, "posix_fadvise"):
         return
-    if chunks[-1] - chunks[0] == len(chunks) - 1 and stop - start > shape.pitch // 2:
-        length = (len(chunks) - 1) * shape.pitch + stop - start
-        os.posix_fadvise(descriptor, chunks[0] * shape.pitch + start, length, os.POSIX_FADV_WILLNEED)
+    length = shape.offset(chunks[-1]) - shape.offset(chunks[0]) + stop - start
+    if length <= len(chunks) * shape.pitch and stop - start > shape.pitch // 2:
+        os.posix_fadvise(descriptor, shape.offset(chunks[0]) + start, length, os.POSIX_FADV_WILLNEED)
         return
     for chunk in chunks:
-        os.posix_fadvise(descriptor, chunk * shape.pitch + start, stop - start, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(descriptor, shape.offset(chunk) + start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
 _cache: OrderedDict[tuple, np.ndarray] = OrderedDict()
 _cache_lock = threading.Lock()
 
 
-def _cache_key(read: ShardRead, kind: str) -> tuple:
-    """A shard that is captured again has another commit, so the commit's checksum tells the two apart."""
-    record = read.commit.files[read.layout.data_file(read.site, read.commit.shard)]
-    return str(read.path), read.site, read.commit.shard, read.commit.writer, read.commit.fencing, record.crc32c, kind
+def _cache_key(read: FileRead, kind: str) -> tuple:
+    """A shard that is captured again has another commit, so the file's checksum there tells the two apart."""
+    commit = read.commits[0]
+    return str(read.path), read.name, commit.writer, commit.fencing, commit.files[read.name].crc32c, kind
 
 
-def _cached(read: ShardRead) -> bool:
+def _cached(read: FileRead) -> bool:
     return _cache_key(read, "rows") in _cache
 
 
@@ -249,20 +261,19 @@ def _remember(key: tuple, value: np.ndarray) -> None:
             _cache.popitem(last=False)
 
 
-def _row_checksums(read: ShardRead) -> np.ndarray:
-    """crc32c of each row, (chunk, slot) uint32, itself checked."""
+def _row_checksums(read: FileRead) -> np.ndarray:
+    """crc32c of each row, (chunk, row) uint32, itself checked."""
     key = _cache_key(read, "rows")
     found = _cache.get(key)
     if found is None:
-        name = read.layout.row_crc_file(read.site, read.commit.shard)
-        raw = read_checked(read.path, read.commit, name)
-        shape = read.shape
-        found = np.frombuffer(raw, "<u4", shape.chunks * shape.samples).reshape(shape.chunks, shape.samples)
+        raw = read_checked(read.path, read.row_crc, read.record(read.row_crc), read.shards)
+        chunks = math.prod(read.shape.outer)
+        found = np.frombuffer(raw, "<u4", chunks * read.shape.rows).reshape(chunks, read.shape.rows)
         _remember(key, found)
     return found
 
 
-def _check_index(read: ShardRead, descriptor: int) -> None:
+def _check_index(read: FileRead, descriptor: int) -> None:
     """The shard's index says where its layout puts the chunks. Checked once a shard."""
     key = _cache_key(read, "index")
     if key in _cache:
@@ -280,5 +291,5 @@ def _check_index(read: ShardRead, descriptor: int) -> None:
     _remember(key, np.empty(1, np.uint8))
 
 
-def _remedy(read: ShardRead) -> str:
-    return remedy(read.path, read.commit.shard)
+def _remedy(read: FileRead) -> str:
+    return remedy(read.path, read.shards)

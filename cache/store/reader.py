@@ -1,91 +1,42 @@
 """Reading a capture: checked byte ranges of committed shards, and nothing that was not committed."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hiddenlake.cache.errors import CorruptError, StoreError, UnknownNameError
 from hiddenlake.cache.sites import SITES
-from hiddenlake.cache.store.commits import Commit, list_commits, read_checked, read_commit, remedy
-from hiddenlake.cache.store.coverage import DTYPES, Coverage
-from hiddenlake.cache.store.layout import Layout
-from hiddenlake.cache.store.ranges import ShardRead, read_shards
-from hiddenlake.cache.store.root import Root, read_root
-from hiddenlake.cache.store.tables import decode, failure_schema, sample_schema
+from hiddenlake.cache.store.commits import Commit, list_commits, read_commit
+from hiddenlake.cache.store.coverage import EMBED, Coverage
+from hiddenlake.cache.store.root import read_root
+from hiddenlake.cache.store.snapshot import Dtype, Snapshot, samples_of
+from hiddenlake.cache.store.tables import decode, failure_schema
 
 if TYPE_CHECKING:
     import pyarrow
     import xarray
 
-Dtype = Literal["stored", "float32"]
 
+@dataclass(frozen=True, eq=False, slots=True)
+class TokenRows:
+    """Token-level activations of several samples, one behind the other.
 
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """What was committed at one moment. Later commits do not change it, so lazy arrays may hold on to it.
-
-    keys : (sample,) sample keys in task order: by (index, sample_index).
-    shard, slot : (sample,) where each sample lies.
+    values : (layer, token, width), without layer for a single one or a site that has none; as stored, or float32.
+    offsets : (sample + 1,) int64; tokens offsets[i] to offsets[i + 1] are those of the i-th sample that was asked for.
+    token_index : (token,) int32, index into the sample's prompt + answer.
     """
 
-    path: Path
-    root: Root
-    commits: dict[int, Commit]
-    keys: np.ndarray = field(init=False)
-    shard: np.ndarray = field(init=False)
-    slot: np.ndarray = field(init=False)
+    values: np.ndarray
+    offsets: np.ndarray
+    token_index: np.ndarray
 
-    def __post_init__(self) -> None:
-        rows = sorted(
-            (*commit.order[slot], key, commit.shard, slot)
-            for commit in self.commits.values()
-            for slot, key in enumerate(commit.keys)
-            if key is not None
-        )
-        object.__setattr__(self, "keys", np.array([row[2] for row in rows], dtype=object))
-        object.__setattr__(self, "shard", np.array([row[3] for row in rows], dtype=np.int64))
-        object.__setattr__(self, "slot", np.array([row[4] for row in rows], dtype=np.int64))
-
-    @cached_property
-    def layout(self) -> Layout:
-        return self.root.layout
-
-    @cached_property
-    def row_of(self) -> dict[str, int]:
-        return {key: row for row, key in enumerate(self.keys)}
-
-    def read_block(
-        self, site: str, outer: Sequence[Sequence[int]], rows: np.ndarray, dtype: Dtype, check: bool = True
-    ) -> np.ndarray:
-        """Cells by number along each axis.
-
-        outer : indices along layer and position (position alone for a site without layers), any order, repeats allowed.
-        rows : (sample,) rows in task order.
-
-        Returns (*outer, sample, width): ml_dtypes.bfloat16 or float32. Raises CorruptError.
-        """
-        file = self.layout.files[site]
-        out = np.empty((*(len(axis) for axis in outer), len(rows), file.width), file.bits)
-        shards = self.shard[rows]
-        reads = []
-        for shard in dict.fromkeys(shards.tolist()):
-            into = np.flatnonzero(shards == shard)
-            reads.append(ShardRead(self.path, self.layout, self.commits[shard], site, self.slot[rows[into]], into))
-        read_shards(reads, outer, out, check)
-        if dtype == "stored":
-            return out.view(DTYPES[file.dtype][1])
-        return out if out.dtype == np.float32 else widen(out)
-
-
-def widen(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 bits as float32, exactly. bits : uint16, any shape."""
-    wide = bits.astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32)
+    @property
+    def lengths(self) -> np.ndarray:
+        """(sample,) tokens of each sample."""
+        return np.diff(self.offsets)
 
 
 class Capture:
@@ -101,9 +52,10 @@ class Capture:
 
     def __repr__(self) -> str:
         c = self.coverage
+        tokens = f"tokens {c.tokens}, " if c.tokens else ""
         return (
             f"<hiddenlake capture {self.path}: {len(self)} samples, {len(c.layers)} layers, "
-            f"{len(c.positions)} positions, sites {', '.join(c.sites)}, {c.dtype}>"
+            f"{len(c.positions)} positions, {tokens}sites {', '.join(c.sites)}, {c.dtype}>"
         )
 
     def __len__(self) -> int:
@@ -139,7 +91,7 @@ class Capture:
     @property
     def shard_samples(self) -> int:
         """B."""
-        return self.snapshot.root.shard_samples
+        return self.snapshot.layout.samples
 
     @property
     def planned(self) -> int:
@@ -154,7 +106,8 @@ class Capture:
     @property
     def nbytes(self) -> int:
         """Bytes of all committed files."""
-        return sum(record.size for commit in self.commits for record in commit.files.values())
+        # Commits share token shards.
+        return sum({name: record.size for commit in self.commits for name, record in commit.files.items()}.values())
 
     def samples(self) -> "pyarrow.Table":
         """All committed samples in task order, with the columns of `tables.SAMPLE_COLUMNS`. Raises CorruptError."""
@@ -209,22 +162,69 @@ class Capture:
         """
         snapshot = self.snapshot
         c = snapshot.root.coverage
-        if site not in snapshot.layout.files:
-            raise UnknownNameError(f"{self.path} has no site {site!r}: it has {', '.join(snapshot.layout.files)}")
+        if not c.positions:
+            raise UnknownNameError(f"{self.path} has no positions, only tokens ({c.tokens}): use `read_tokens`")
+        layers, one_layer = self._layers(snapshot, site, layer, dtype)
+        hint = f"; it holds the tokens {c.tokens} too, which `read_tokens` reads" if c.tokens else ""
+        positions, one_position = _select("position", position, c.positions, self.path, hint)
+        rows, one_sample = self._rows(snapshot, samples)
+        block = snapshot.read_cells(site, [*layers, positions], rows, dtype, check)
+        return block[tuple(0 if one else slice(None) for one in (*one_layer, one_position, one_sample))]
+
+    def read_tokens(
+        self,
+        site: str,
+        layer: int | Iterable[int] | None = None,
+        samples: str | int | Iterable[str | int] | None = None,
+        tokens: slice | None = None,
+        dtype: Dtype = "stored",
+        check: bool = True,
+    ) -> TokenRows:
+        """Token-level activations, checked against their checksums.
+
+        site : a site of the coverage, or `embed`.
+        layer : block index, or several, or None for all.
+        samples : key, or row in task order, or several of either, or None for all.
+        tokens : of each sample's stored tokens, e.g. slice(-5, None) for the last five; None for all.
+        dtype : `stored` for what is on disk (ml_dtypes.bfloat16 or float32), `float32` for it widened exactly.
+        check : False skips the checksums, for measurements only.
+
+        Returns TokenRows, whose values are (layer, token, width). A single layer loses its axis.
+
+        Raises UnknownNameError for what was not captured, naming what was; CorruptError where the bytes are
+        not those that were committed.
+        """
+        snapshot = self.snapshot
+        c = snapshot.root.coverage
+        if c.tokens is None:
+            raise UnknownNameError(f"{self.path} has no tokens, only positions ({', '.join(c.positions)}): use `read`")
+        layers, one_layer = self._layers(snapshot, site, layer, dtype)
+        chosen, _ = self._rows(snapshot, samples)
+        lengths = snapshot.token_length[chosen].tolist()
+        ranges = [range(length)[tokens] if tokens is not None else range(length) for length in lengths]
+        numbers = [np.arange(r.start, r.stop, r.step) for r in ranges]
+        starts = snapshot.token_offsets[chosen]
+        rows = [start + found for start, found in zip(starts.tolist(), numbers, strict=True)]
+        rows = np.concatenate([np.empty(0, np.int64), *rows])
+        block = snapshot.read_tokens(site, layers, rows, dtype, check)
+        offsets = np.cumsum([0, *map(len, numbers)], dtype=np.int64)
+        return TokenRows(
+            block[tuple(0 if one else slice(None) for one in one_layer)], offsets, snapshot.token_index[rows]
+        )
+
+    def _layers(self, snapshot: Snapshot, site: str, layer: Any, dtype: Dtype) -> tuple[list[list[int]], list[bool]]:
+        """(indices along the layer axis, whether that axis goes), or nothing for a site without layers."""
+        c = snapshot.root.coverage
+        if site not in c.widths:
+            raise UnknownNameError(f"{self.path} has no site {site!r}: it has {', '.join([*c.sites, EMBED])}")
         if dtype not in ("stored", "float32"):
             raise UnknownNameError(f"unknown dtype {dtype!r}: expected `stored` or `float32`")
-        positions, one_position = _select(
-            "position", position, {name: i for i, name in enumerate(c.positions)}, self.path
-        )
-        outer, squeeze = [positions], [one_position]
-        if SITES[site].layered:
-            layers, one_layer = _select("layer", layer, {k: i for i, k in enumerate(c.layers)}, self.path)
-            outer, squeeze = [layers, positions], [one_layer, one_position]
-        elif layer is not None:
-            raise UnknownNameError(f"site {site!r} has no layers, but layer {layer!r} was asked for: leave it out")
-        rows, one_sample = self._rows(snapshot, samples)
-        block = snapshot.read_block(site, outer, rows, dtype, check)
-        return block[tuple(0 if one else slice(None) for one in (*squeeze, one_sample))]
+        if not SITES[site].layered:
+            if layer is not None:
+                raise UnknownNameError(f"site {site!r} has no layers, but layer {layer!r} was asked for: leave it out")
+            return [], []
+        layers, one = _select("layer", layer, c.layers, self.path)
+        return [layers], [one]
 
     def _rows(self, snapshot: Snapshot, samples: Any) -> tuple[np.ndarray, bool]:
         count = len(snapshot.keys)
@@ -243,11 +243,11 @@ class Capture:
             rows.append(row)
         return np.array(rows, dtype=np.int64), one
 
-    def dataset(self, dtype: Dtype = "float32") -> "xarray.Dataset":
-        """The capture as a lazy xarray.Dataset; see `view.dataset`."""
-        from hiddenlake.cache.store.view import dataset
+    def dataset(self, dtype: Dtype = "float32", *, tokens: bool = False) -> "xarray.Dataset":
+        """The capture as a lazy xarray.Dataset: its cells, or its tokens; see `view.dataset`, `view.token_dataset`."""
+        from hiddenlake.cache.store import view
 
-        return dataset(self, dtype)
+        return view.token_dataset(self, dtype) if tokens else view.dataset(self, dtype)
 
 
 def open_capture(path: str | Path) -> Capture:
@@ -259,29 +259,6 @@ def open_capture(path: str | Path) -> Capture:
     return Capture(Path(path))
 
 
-def samples_of(snapshot: Snapshot) -> "pyarrow.Table":
-    """Rows of samples/ in task order."""
-    import pyarrow as pa
-
-    tables, slots, shards = [sample_schema().empty_table()], [], []
-    for shard, commit in snapshot.commits.items():
-        name = snapshot.layout.samples_file(shard)
-        table = decode(read_checked(snapshot.path, commit, name), snapshot.path / name)
-        tables.append(table)
-        slots += table["slot"].to_pylist()
-        shards += [shard] * table.num_rows
-    row_of = {(shard, slot): row for row, (shard, slot) in enumerate(zip(shards, slots, strict=True))}
-    try:
-        order = [row_of[at] for at in zip(snapshot.shard.tolist(), snapshot.slot.tolist(), strict=True)]
-    except KeyError as error:
-        shard, slot = error.args[0]
-        raise CorruptError(
-            f"{snapshot.path / snapshot.layout.samples_file(shard)}: no row for slot {slot}, which was committed: "
-            f"{remedy(snapshot.path, shard)}"
-        ) from error
-    return pa.concat_tables(tables).take(pa.array(order, pa.int64()))
-
-
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
@@ -289,8 +266,9 @@ def _read(file: Path) -> bytes:
         raise StoreError(f"{file}: {error.strerror}: the file cannot be read") from error
 
 
-def _select(axis: str, wanted: Any, known: dict[Any, int], path: Path) -> tuple[list[int], bool]:
+def _select(axis: str, wanted: Any, names: tuple[Any, ...], path: Path, hint: str = "") -> tuple[list[int], bool]:
     """(indices along an axis, whether the axis goes)."""
+    known = {name: i for i, name in enumerate(names)}
     if wanted is None:
         return list(known.values()), False
     one = isinstance(wanted, str) or not isinstance(wanted, Iterable)
@@ -305,7 +283,7 @@ def _select(axis: str, wanted: Any, known: dict[Any, int], path: Path) -> tuple[
         if number is None:
             raise UnknownNameError(
                 f"{path} has no {axis} {value!r}: it has {', '.join(map(str, known))}; a capture with other coverage "
-                f"needs another folder"
+                f"needs another folder{hint}"
             )
         found.append(number)
     return found, one

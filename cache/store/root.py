@@ -1,15 +1,23 @@
 """The capture's zarr.json: what it holds (value identity, coverage), how, and who made it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hiddenlake.cache.errors import CorruptError, IdentityError, StoreError
-from hiddenlake.cache.store.coverage import Coverage
-from hiddenlake.cache.store.layout import FORMAT_VERSION, Layout, check_signed, sign, to_json_bytes
+from hiddenlake.cache.store import metadata
+from hiddenlake.cache.store.coverage import EMBED, Coverage
+from hiddenlake.cache.store.files import write_atomic
+from hiddenlake.cache.store.layout import TOKENS, Layout, check_signed, sign, to_json_bytes
 
 FILE = "zarr.json"
+
+# A reader that knows of no tokens could not tell which of them were committed.
+FORMAT_VERSION, FORMAT_VERSION_WITH_TOKENS = 1, 2
+
+# Room that is planned for one sample's tokens: a question and an answer. The axis grows when samples are longer.
+_SAMPLE_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,43 +25,41 @@ class Root:
     """The facts of one capture.
 
     identity : what makes two activations the same numbers; plain JSON.
-    coverage : which cells there are.
-    shard_samples : B.
+    layout : which activations there are, and in which files.
     planned : samples that were planned when it was made.
     provenance : of the process that made it; each commit has its own.
-    shards : length of the sample axis, in shards.
+    shards, token_shards : lengths of the sample axis and of the token axis, in shards.
     """
 
     identity: dict[str, Any]
-    coverage: Coverage
-    shard_samples: int
+    layout: Layout
     planned: int
     provenance: dict[str, Any]
     shards: int
+    token_shards: int
 
     @property
-    def layout(self) -> Layout:
-        return Layout(self.coverage, self.shard_samples)
+    def coverage(self) -> Coverage:
+        return self.layout.coverage
 
     def document(self) -> dict[str, Any]:
-        facts = sign(
-            {
-                "format_version": FORMAT_VERSION,
-                "identity": self.identity,
-                "coverage": self.coverage.to_json(),
-                "shard_samples": self.shard_samples,
-                "planned": self.planned,
-                "provenance": self.provenance,
-            }
-        )
-        return self.layout.root(self.shards, facts)
+        facts = {
+            "format_version": FORMAT_VERSION_WITH_TOKENS if self.coverage.tokens else FORMAT_VERSION,
+            "identity": self.identity,
+            "coverage": self.coverage.to_json(),
+            "shard_samples": self.layout.samples,
+            "planned": self.planned,
+            "provenance": self.provenance,
+        }
+        if self.coverage.tokens:
+            facts |= {"chunk_tokens": self.layout.chunk_tokens, "shard_tokens": self.layout.shard_tokens}
+        return metadata.root(self.layout, self.shards, self.token_shards, sign(facts))
 
     def files(self) -> dict[str, bytes]:
         """Every metadata document, by file, the root last: the order in which they are written."""
-        arrays = {
-            f"{name}/{FILE}": to_json_bytes(document) for name, document in self.layout.arrays(self.shards).items()
-        }
-        return arrays | {FILE: to_json_bytes(self.document())}
+        arrays = metadata.arrays(self.layout, self.shards, self.token_shards)
+        files = {f"{name}/{FILE}": to_json_bytes(document) for name, document in arrays.items()}
+        return files | {FILE: to_json_bytes(self.document())}
 
     def check(self, path: Path, identity: dict[str, Any], coverage: Coverage) -> None:
         """Raise IdentityError, naming every field that differs, unless both are the capture's own."""
@@ -66,6 +72,26 @@ class Root:
                 f"{path} holds other activations than these: {'; '.join(differences)}. "
                 f"Name another folder, or run with the capture's own settings"
             )
+
+
+def new_root(identity: dict[str, Any], layout: Layout, planned: int, provenance: dict[str, Any]) -> Root:
+    """A capture that is to be made, with axes as long as `planned` samples may need."""
+    tokens = layout.shard_tokens and max(1, -(-planned * _SAMPLE_TOKENS // layout.shard_tokens))
+    return Root(identity, layout, planned, provenance, max(1, -(-planned // layout.samples)), tokens)
+
+
+def grow(path: Path, shards: int, token_shards: int) -> None:
+    """Make the axes at least so long: arrays first, the consolidated root last. Under the capture's lock."""
+    root = read_root(path)
+    longer = {}
+    # By an eighth, so that a run of unplanned length rewrites its metadata a few times only.
+    if shards > root.shards:
+        longer["shards"] = max(shards, root.shards + root.shards // 8)
+    if token_shards > root.token_shards:
+        longer["token_shards"] = max(token_shards, root.token_shards + root.token_shards // 8)
+    if longer:
+        for name, data in replace(root, **longer).files().items():
+            write_atomic(path / name, data)
 
 
 def is_capture(path: Path) -> bool:
@@ -99,22 +125,25 @@ def read_root(path: Path) -> Root:
         version = facts["format_version"]
     except (KeyError, TypeError) as error:
         raise StoreError(f"{path} is no capture: its {FILE} has no `hiddenlake` attribute with a version") from error
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, FORMAT_VERSION_WITH_TOKENS):
         raise StoreError(
-            f"{path} has format version {version!r}, but this hiddenlake reads version {FORMAT_VERSION}: "
-            f"install the hiddenlake that wrote it, or capture again"
+            f"{path} has format version {version!r}, but this hiddenlake reads versions {FORMAT_VERSION} and "
+            f"{FORMAT_VERSION_WITH_TOKENS}: install the hiddenlake that wrote it, or capture again"
         )
     facts = check_signed(facts, str(file))
     try:
         coverage = Coverage.from_json(facts["coverage"])
-        shape = document["consolidated_metadata"]["metadata"]["committed"]["shape"]
+        layout = Layout(
+            coverage, facts["shard_samples"], facts.get("chunk_tokens", 0), facts.get("shard_tokens", 0)
+        )  # fmt: skip
+        arrays = document["consolidated_metadata"]["metadata"]
         root = Root(
             facts["identity"],
-            coverage,
-            facts["shard_samples"],
+            layout,
             facts["planned"],
             facts["provenance"],
-            shape[0] // facts["shard_samples"],
+            arrays["committed"]["shape"][0] // layout.samples,
+            arrays[f"{TOKENS}/{EMBED}"]["shape"][0] // layout.shard_tokens if coverage.tokens else 0,
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CorruptError(f"{file}: {error!r}: the file is damaged; restore it from a copy") from error

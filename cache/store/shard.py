@@ -1,65 +1,107 @@
 """Shard buffers: the files of one shard, in memory, filled row by row by whoever has the rows.
 
-The buffer is the file's image, so that publishing is one sequential write: no copy, no transpose.
+A sample shard's buffer is the file's image; a token shard's rows lie one behind another, so that a sample's tokens
+are one slice, and the file is the chunks of it with their checksums between them. Publishing either is one
+sequential write: no copy, no transpose.
 """
 
 import mmap
 import os
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
-from hiddenlake.cache.errors import StoreError
+from hiddenlake.cache.errors import CaptureError, StoreError
 from hiddenlake.cache.store.coverage import DTYPES
 from hiddenlake.cache.store.files import crc32c
-from hiddenlake.cache.store.layout import Layout, ShardFile
+from hiddenlake.cache.store.layout import Layout
 
-# Mappings of other processes' buffers that a process keeps: two buffers x a few sites x a few writers.
-_MAPPINGS = 64
-
-
-def _view(file: ShardFile, image: Any) -> np.ndarray:
-    return np.ndarray(file.shape, file.bits, image, 0, file.strides)
+# Mappings of other processes' buffers that a process keeps: four buffers x a few sites x a few writers.
+_MAPPINGS = 128
 
 
-class ShardBuffer:
-    """Memory for one shard of every site, reused for shard after shard: a slot is cleared before it is handed out.
+class _Buffer:
+    """Memory for one shard of every site, reused for shard after shard.
+
+    views : site -> bits; uint16 for bfloat16, else float32.
+    checksums : site -> crc32c of each row, uint32, the shape of the view without its last axis.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+        self.views: dict[str, np.ndarray] = {}
+        self.checksums: dict[str, np.ndarray] = {}
+        self._descriptors: dict[str, int] = {}
+
+    def _allocate(self, site: str, size: int, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> mmap.mmap:
+        # A memfd has no name to leak and is mapped by other processes through /proc.
+        if hasattr(os, "memfd_create"):
+            descriptor = os.memfd_create(f"hiddenlake-{site}")
+            os.ftruncate(descriptor, size)
+            self._descriptors[site] = descriptor
+            memory = mmap.mmap(descriptor, size)
+        else:
+            memory = mmap.mmap(-1, size)
+        self.views[site] = np.ndarray(shape, DTYPES[self.dtype][0], memory, 0, strides)
+        self.checksums[site] = np.empty(shape[:-1], "<u4")
+        return memory
+
+    @property
+    def nan(self) -> Any:
+        """The bits of NaN."""
+        return DTYPES[self.dtype][2]
+
+    def nan_checksum(self, site: str) -> int:
+        """crc32c of a row of NaN."""
+        view = self.views[site]
+        return crc32c(np.full(view.shape[-1], self.nan, view.dtype))
+
+    def handle(self, number: int, fencing: int) -> dict[str, Any]:
+        if self.views and not self._descriptors:
+            raise StoreError("this system has no memfd, so no other process can fill a shard: run in one process")
+        arrays = {}
+        for site, view in self.views.items():
+            memory = os.fstat(self._descriptors[site])
+            arrays[site] = {
+                "fd": self._descriptors[site],
+                "inode": memory.st_ino,
+                "size": memory.st_size,
+                "shape": list(view.shape),
+                "strides": list(view.strides),
+            }
+        return {"pid": os.getpid(), "shard": number, "fencing": fencing, "dtype": self.dtype, "arrays": arrays}
+
+    def close(self) -> None:
+        """Close the descriptors; the memory goes when the last view of it does."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+class ShardBuffer(_Buffer):
+    """Memory for one sample shard. A slot is cleared before it is handed out.
 
     images : site -> the file's bytes.  views : site -> (layer, position, sample, width) of bits, or
-    (position, sample, width) for a site without layers; uint16 for bfloat16, else float32.
-    checksums : site -> crc32c of each row, uint32 (layer, position, sample) or (position, sample).
+    (position, sample, width) for a site without layers.
     """
 
     def __init__(self, layout: Layout) -> None:
+        super().__init__(layout.coverage.dtype)
         self.layout = layout
         self.images: dict[str, mmap.mmap] = {}
-        self.views: dict[str, np.ndarray] = {}
-        self.checksums: dict[str, np.ndarray] = {}
-        self.descriptors: dict[str, int] = {}
         for site, file in layout.files.items():
-            # A memfd has no name to leak and is mapped by other processes through /proc.
-            if hasattr(os, "memfd_create"):
-                descriptor = os.memfd_create(f"hiddenlake-{site}")
-                os.ftruncate(descriptor, file.size)
-                self.descriptors[site] = descriptor
-                image = mmap.mmap(descriptor, file.size)
-            else:
-                image = mmap.mmap(-1, file.size)
-            image[file.index_offset :] = file.index
-            self.images[site] = image
-            self.views[site] = _view(file, image)
-            self.checksums[site] = np.empty(file.shape[:-1], "<u4")
+            self.images[site] = self._allocate(site, file.size, file.shape, file.strides)
+            self.images[site][file.index_offset :] = file.index
 
     def clear(self, slot: int) -> None:
         """Fill a slot with NaN: what absent cells and free slots hold, and what betrays a row that nobody wrote."""
-        nan = DTYPES[self.layout.coverage.dtype][2]
         for site, view in self.views.items():
-            view[..., slot, :] = nan
-            self.checksums[site][..., slot] = crc32c(np.full(view.shape[-1], nan, view.dtype))
+            view[..., slot, :] = self.nan
+            self.checksums[site][..., slot] = self.nan_checksum(site)
 
     def rows(self, slot: int) -> dict[str, np.ndarray]:
         """A copy of one sample's rows: site -> bits, (layer, position, width) or (position, width)."""
@@ -68,9 +110,7 @@ class ShardBuffer:
     def finish(self, slot: int, rows: dict[str, np.ndarray]) -> None:
         """Keep the checksums of a sample's rows, which do not change from here on."""
         for site, bits in rows.items():
-            row = np.dtype((np.void, self.layout.files[site].row_bytes))
-            checksums = list(map(google_crc32c.value, bits.reshape(-1).view(row).tolist()))
-            self.checksums[site][..., slot] = np.reshape(checksums, bits.shape[:-1])
+            self.checksums[site][..., slot] = np.reshape(row_checksums(bits), bits.shape[:-1])
 
     def seal(self) -> dict[str, int]:
         """Put each chunk's crc32c into the images. Returns site -> crc32c of the whole file."""
@@ -78,7 +118,7 @@ class ShardBuffer:
         for site, file in self.layout.files.items():
             image = np.frombuffer(self.images[site], np.uint8)
             whole = 0
-            for chunk in range(file.chunks):
+            for chunk in range(len(file.present)):
                 # Both checksums in turn, while the chunk lies in the CPU's cache.
                 page = image[chunk * file.pitch : (chunk + 1) * file.pitch]
                 checksum = google_crc32c.value(page[: file.chunk_bytes])
@@ -87,15 +127,85 @@ class ShardBuffer:
             sealed[site] = google_crc32c.extend(whole, file.index)
         return sealed
 
-    def close(self) -> None:
-        """Close the descriptors; the memory goes when the last view of it does."""
-        while self.descriptors:
-            os.close(self.descriptors.popitem()[1])
+
+class TokenBuffer(_Buffer):
+    """Memory for one token shard. Rows are cleared before they are handed out.
+
+    views : site -> (layer, token, width) of bits, or (token, width) for a site without layers.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout.coverage.dtype)
+        self.layout = layout
+        for site, file in layout.token_files.items():
+            shape = (*file.outer[:-1], layout.shard_tokens, file.width)
+            self._allocate(site, int(np.prod(shape)) * file.bits.itemsize, shape, None)
+
+    def clear(self, rows: slice) -> None:
+        """Fill rows with NaN: what tokens of no sample hold, and what betrays a row that nobody wrote."""
+        for view in self.views.values():
+            view[..., rows, :] = self.nan
+
+    def finish(self, rows: slice) -> None:
+        """Keep the checksums of rows, which do not change from here on.
+
+        Raises CaptureError where a value is not finite.
+        """
+        for site, view in self.views.items():
+            blocks = view[..., rows, :].reshape(-1, rows.stop - rows.start, view.shape[-1])
+            checksums = self.checksums[site].reshape(-1, view.shape[-2])
+            # Layer by layer, so that a block is read from memory once.
+            for layer, block in enumerate(blocks):
+                if not _all_finite(block):
+                    number = self.layout.coverage.layers[layer]
+                    where = f"{site}, layer {number}" if view.ndim == 3 else site
+                    raise CaptureError(f"{where}: a token's row is not finite, or was never written: capture it again")
+                checksums[layer, rows] = row_checksums(block)
+
+    def seal(self, kept: Iterable[slice]) -> tuple[int, dict[str, tuple[list[Any], int]]]:
+        """Make everything but the kept rows a hole.
+
+        Returns (how many chunks along the token axis are in the files, site -> the file's parts and its crc32c).
+        """
+        T = self.layout.chunk_tokens
+        used = np.zeros(self.layout.shard_tokens, bool)
+        for rows in kept:
+            used[rows] = True
+        columns = int(np.flatnonzero(used)[-1]) // T + 1
+        edges = np.flatnonzero(np.diff(used[: columns * T], prepend=True, append=True))
+        for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            self.clear(slice(start, stop))
+        sealed = {}
+        for site, full in self.layout.token_files.items():
+            self.checksums[site][..., ~used] = self.nan_checksum(site)
+            file = replace(full, columns=columns)
+            chunks = self.views[site].reshape(-1, file.rows * file.width)
+            parts, whole = [], 0
+            for number in file.present.tolist():
+                chunk = chunks[number]
+                tail = google_crc32c.value(chunk).to_bytes(4, "little").ljust(file.pitch - file.chunk_bytes, b"\0")
+                whole = google_crc32c.extend(google_crc32c.extend(whole, chunk), tail)
+                parts += [chunk, tail]
+            sealed[site] = [*parts, file.index], google_crc32c.extend(whole, file.index)
+        return columns, sealed
+
+
+def _all_finite(bits: np.ndarray) -> bool:
+    if bits.dtype == np.uint16:
+        # bfloat16 has the exponent of float32: all ones means infinite or NaN, and is above all that is finite.
+        return bool((bits & np.uint16(0x7FFF)).max(initial=0) < 0x7F80)
+    return bool(np.isfinite(bits).all())
+
+
+def row_checksums(bits: np.ndarray) -> list[int]:
+    """crc32c of each row of a C-contiguous array (..., width), in C order."""
+    row = np.dtype((np.void, bits.shape[-1] * bits.itemsize))
+    return list(map(google_crc32c.value, bits.reshape(-1).view(row).tolist()))
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One claimed shard and the buffer that its rows go to.
+    """One claimed sample shard and the buffer that its rows go to.
 
     number : k.  fencing : grows when a dead writer's claim is taken over.
     """
@@ -112,20 +222,29 @@ class Shard:
     @property
     def handle(self) -> dict[str, Any]:
         """What another process of this host needs to fill the shard: JSON, for `attach`."""
-        if not self.buffer.descriptors:
-            raise StoreError("this system has no memfd, so no other process can fill a shard: run in one process")
-        arrays = {}
-        for site, file in self.buffer.layout.files.items():
-            descriptor = self.buffer.descriptors[site]
-            arrays[site] = {
-                "fd": descriptor,
-                "inode": os.fstat(descriptor).st_ino,
-                "outer": list(file.outer),
-                "samples": file.samples,
-                "width": file.width,
-                "dtype": file.dtype,
-            }
-        return {"pid": os.getpid(), "shard": self.number, "fencing": self.fencing, "arrays": arrays}
+        return self.buffer.handle(self.number, self.fencing)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenShard:
+    """One claimed token shard and the buffer that its rows go to.
+
+    number : along the token axis.  fencing : grows when a dead writer's claim is taken over.
+    """
+
+    number: int
+    fencing: int
+    buffer: TokenBuffer
+
+    @property
+    def views(self) -> dict[str, np.ndarray]:
+        """site -> bits, (layer, token, width) or (token, width). Write to the rows of a piece."""
+        return self.buffer.views
+
+    @property
+    def handle(self) -> dict[str, Any]:
+        """What another process of this host needs to fill the shard: JSON, for `attach`."""
+        return self.buffer.handle(self.number, self.fencing)
 
 
 _attached: OrderedDict[tuple[int, int], tuple[int, mmap.mmap]] = OrderedDict()
@@ -135,26 +254,29 @@ _attached_lock = threading.Lock()
 def attach(handle: dict[str, Any]) -> dict[str, np.ndarray]:
     """Map another process's shard buffer. Its rows are written into the views in place.
 
-    handle : `Shard.handle`, maybe after a trip through JSON.
+    handle : `Shard.handle` or `TokenShard.handle`, maybe after a trip through JSON.
 
-    Returns site -> bits, (layer, position, sample, width), or (position, sample, width) for a site without
-    layers; uint16 for bfloat16, else float32. Mappings are kept, so that attaching to each shard costs nothing.
+    Returns site -> bits, (layer, position, sample, width), of a token shard (layer, token, width), without layer
+    for a site that has none; uint16 for bfloat16, else float32. Mappings are kept, so that attaching to each shard
+    costs nothing.
 
     Raises StoreError when the process or its buffer is gone.
     """
-    return {site: _attach(handle["pid"], **array) for site, array in handle["arrays"].items()}
+    bits = DTYPES[handle["dtype"]][0]
+    return {site: _attach(handle["pid"], bits, **array) for site, array in handle["arrays"].items()}
 
 
-def _attach(pid: int, fd: int, inode: int, outer: list[int], samples: int, width: int, dtype: str) -> np.ndarray:
-    file = ShardFile(tuple(outer), samples, width, dtype)
+def _attach(
+    pid: int, bits: np.dtype, fd: int, inode: int, size: int, shape: list[int], strides: list[int]
+) -> np.ndarray:
     with _attached_lock:
         known = _attached.get((pid, fd))
         if known is None or known[0] != inode:
-            known = _attached[pid, fd] = inode, _map(pid, fd, inode, file.size)
+            known = _attached[pid, fd] = inode, _map(pid, fd, inode, size)
         _attached.move_to_end((pid, fd))
         while len(_attached) > _MAPPINGS:
             _attached.popitem(last=False)
-    return _view(file, known[1])
+    return np.ndarray(shape, bits, known[1], 0, strides)
 
 
 def _map(pid: int, fd: int, inode: int, size: int) -> mmap.mmap:

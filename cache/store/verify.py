@@ -5,38 +5,28 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
 from hiddenlake.cache.errors import CorruptError, StoreError
 from hiddenlake.cache.positions import ABSENT
 from hiddenlake.cache.samples import token_checksum
+from hiddenlake.cache.store.checks import ANYTHING, FINITE, NAN, Problem, check_file
 from hiddenlake.cache.store.claims import LOCK
 from hiddenlake.cache.store.commits import Commit, list_commits, read_checked, read_commit
-from hiddenlake.cache.store.derived import derived_chunks, differs
-from hiddenlake.cache.store.files import FileLock, crc32c, write_atomic
-from hiddenlake.cache.store.layout import Layout, ShardFile, to_json_bytes
+from hiddenlake.cache.store.derived import cells_of, derived_chunks, differs
+from hiddenlake.cache.store.files import FileLock, write_atomic
+from hiddenlake.cache.store.layout import Layout, to_json_bytes
+from hiddenlake.cache.store.metadata import arrays
 from hiddenlake.cache.store.root import FILE, Root, read_root
 from hiddenlake.cache.store.tables import decode, sample_schema
 
 RESULT = "verify.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that is not as it was committed. file : inside the capture. offset : in bytes, None for the whole."""
-
-    file: str
-    offset: int | None
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.file}{'' if self.offset is None else f' at byte {self.offset}'}: {self.what}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +55,9 @@ class Report:
 
 
 def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> Report:
-    """Check a whole capture: sizes, checksums, indexes, rows, Parquet, token ids, finiteness, keys, derived arrays.
+    """Check a whole capture: sizes, checksums, indexes, rows, Parquet, token ids, finiteness, keys, spans, derived arrays.
 
-    progress : called with (shards checked, shards in all).
+    progress : called with (shards checked, shards in all), token shards counted too.
     Run it while nobody writes: between a commit and its derived arrays, these are reported as missing.
 
     The report is kept as verify.json in the capture, where that can be written. Raises StoreError where
@@ -86,16 +76,21 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
         except CorruptError as error:
             damaged += 1
             problems.append(Problem(f"commits/{shard}.json", None, str(error)))
+    layout = root.layout
     problems += _check_keys(commits)
-    total = len(commits) + damaged
+    problems += _check_spans(layout, commits)
+    checks = [partial(_check_shard, path, layout, commit) for commit in commits]
+    for shard in sorted({shard for commit in commits for shard in commit.token_shards}):
+        checks.append(partial(_check_token_shard, path, layout, shard, commits))
+    total = len(checks) + damaged
     # Reading and crc32c in C take the time; each thread holds one chunk and one small file.
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-        for done, found in enumerate(pool.map(lambda c: list(_check_shard(path, root.layout, c)), commits), 1):
+        for done, found in enumerate(pool.map(lambda check: list(check()), checks), 1):
             problems += found
             if progress is not None:
                 progress(done + damaged, total)
     samples = sum(key is not None for commit in commits for key in commit.keys)
-    size = sum(record.size for commit in commits for record in commit.files.values())
+    size = sum({name: record.size for commit in commits for name, record in commit.files.items()}.values())
     return _keep(path, Report(len(commits), samples, size, tuple(problems), _now()))
 
 
@@ -117,7 +112,7 @@ def _check_metadata(path: Path, root: Root) -> Iterator[Problem]:
     for name, data in coordinates.items():
         if differs(path, name, data):
             yield Problem(name, None, "missing, or other values than the coverage names; a writer rebuilds it")
-    documents = root.layout.arrays(root.shards)
+    documents = arrays(root.layout, root.shards, root.token_shards)
     for name, expected in documents.items():
         file = f"{name}/{FILE}"
         try:
@@ -132,16 +127,15 @@ def _check_metadata(path: Path, root: Root) -> Iterator[Problem]:
 
 
 def _lengthened(root: Root, name: str, shape: Any) -> Iterator[dict[str, Any]]:
-    axis = _sample_axis(root, name)
-    if axis is not None and isinstance(shape, list) and len(shape) > axis and isinstance(shape[axis], int):
-        shards = shape[axis] // root.shard_samples
-        if shards > root.shards:
-            yield root.layout.arrays(shards)[name]
-
-
-def _sample_axis(root: Root, name: str) -> int | None:
-    names = root.layout.arrays(1)[name].get("dimension_names", [])
-    return names.index("sample") if "sample" in names else None
+    """The document of an array whose sample axis, or token axis, is as long as `shape` says and longer than planned."""
+    axes = arrays(root.layout, 1, 1)[name].get("dimension_names", [])
+    for axis, rows in (("sample", root.layout.samples), ("token", root.layout.shard_tokens)):
+        at = axes.index(axis) if axis in axes else None
+        if at is not None and isinstance(shape, list) and len(shape) > at and isinstance(shape[at], int):
+            lengths = {"sample": root.shards, "token": root.token_shards}
+            if shape[at] // rows > lengths[axis]:
+                lengths[axis] = shape[at] // rows
+                yield arrays(root.layout, lengths["sample"], lengths["token"])[name]
 
 
 def _check_keys(commits: list[Commit]) -> Iterator[Problem]:
@@ -154,30 +148,81 @@ def _check_keys(commits: list[Commit]) -> Iterator[Problem]:
                 seen[key] = commit.shard
 
 
+def _check_spans(layout: Layout, commits: list[Commit]) -> Iterator[Problem]:
+    """Where the samples' tokens lie, and that commits that share a token shard say the same of it."""
+    T, K = layout.chunk_tokens, layout.shard_tokens
+    used: dict[int, np.ndarray] = {}
+    first: dict[int, Commit] = {}
+    for commit in commits:
+        name = f"commits/{commit.shard}.json"
+        for shard in commit.token_shards:
+            other = first.setdefault(shard, commit)
+            if _of_token_shard(layout, other, shard) != _of_token_shard(layout, commit, shard):
+                yield Problem(name, None, f"differs from commits/{other.shard}.json on token shard {shard}")
+        for key, span in zip(commit.keys, commit.spans, strict=False):
+            start, length = span or (-1, 0)
+            for shard in layout.token_shards_of(start, length) if start >= 0 else ():
+                rows = slice(max(0, start - shard * K), start + length - shard * K)
+                there = used.setdefault(shard, np.zeros(K, bool))
+                if there[rows].any():
+                    yield Problem(
+                        name, None, f"sample {key}: its tokens overlap another sample's in token shard {shard}"
+                    )
+                there[rows] = True
+                if min(rows.stop, K) > T * commit.token_shards.get(shard, 0):
+                    yield Problem(name, None, f"sample {key}: token shard {shard} lacks some of its tokens")
+
+
+def _of_token_shard(layout: Layout, commit: Commit, shard: int) -> tuple[Any, ...]:
+    return commit.token_shards[shard], *(commit.files.get(name) for name in layout.token_files_of(shard))
+
+
+def _check_token_shard(path: Path, layout: Layout, shard: int, commits: list[Commit]) -> Iterator[Problem]:
+    vouching = [commit for commit in commits if shard in commit.token_shards]
+    if set(layout.token_files_of(shard)) - vouching[0].files.keys():
+        return  # reported with its commit
+    K = layout.shard_tokens
+    expected = np.full(K, ANYTHING)
+    for commit in vouching:
+        for start, length in filter(None, commit.spans):
+            expected[max(0, start - shard * K) : max(0, start + length - shard * K)] = FINITE
+    by_column = expected.reshape(-1, layout.chunk_tokens)
+    for site, full in layout.token_files.items():
+        names = layout.token_data_file(site, shard), layout.token_row_crc_file(site, shard)
+        file = replace(full, columns=vouching[0].token_shards[shard])
+        yield from check_file(
+            path, *names, file, vouching[0], lambda chunk: by_column[chunk % len(by_column)]
+        )  # fmt: skip
+
+
 def _check_shard(path: Path, layout: Layout, commit: Commit) -> Iterator[Problem]:
     expected = set(layout.files_of(commit.shard))
-    if set(commit.files) != expected or len(commit.keys) != layout.samples:
+    for shard in commit.token_shards:
+        expected.update(layout.token_files_of(shard))
+    slots = [layout.samples, layout.samples, layout.samples if layout.token_files else 0]
+    if set(commit.files) != expected or [len(commit.keys), len(commit.order), len(commit.spans)] != slots:
         yield Problem(f"commits/{commit.shard}.json", None, f"lists other files or slots than {sorted(expected)}")
         return
     name = layout.samples_file(commit.shard)
-    tokens = None
+    rows = np.full((len(layout.coverage.positions), layout.samples), ANYTHING)
     try:
-        table = decode(read_checked(path, commit, name), path / name)
+        table = decode(read_checked(path, name, commit.files[name], [commit.shard]), path / name)
     except CorruptError as error:
         yield Problem(name, None, str(error))
     else:
         problems = list(_check_samples(name, layout, commit, table))
         yield from problems
         if not problems:
-            columns = [table[column].to_pylist() for column in ("slot", "key", "token_index", "prompt_length")]
-            for derived, data in derived_chunks(layout, commit.shard, *columns).items():
+            cells = cells_of(table)
+            for derived, data in derived_chunks(layout, commit, cells).items():
                 if differs(path, derived, data):
                     yield Problem(derived, None, "missing, or differs from the committed samples; a writer rebuilds it")
-            tokens = np.full((len(layout.coverage.positions), layout.samples), ABSENT, np.int64)
-            for slot, index in zip(columns[0], columns[2], strict=True):
-                tokens[:, slot] = index
-    for site in layout.files:
-        yield from _check_data(path, layout, commit, site, tokens)
+            rows[:] = NAN
+            for slot, (index, _) in cells.items():
+                rows[:, slot] = np.where(np.array(index, np.int64) != ABSENT, FINITE, NAN)
+    for site, file in layout.files.items():
+        names = layout.data_file(site, commit.shard), layout.row_crc_file(site, commit.shard)
+        yield from check_file(path, *names, file, commit, lambda chunk: rows[chunk % len(rows)])
 
 
 def _check_samples(name: str, layout: Layout, commit: Commit, table: Any) -> Iterator[Problem]:
@@ -196,72 +241,8 @@ def _check_samples(name: str, layout: Layout, commit: Commit, table: Any) -> Ite
             yield Problem(name, None, f"sample {row['key']}: its lengths do not fit its token ids")
         try:
             layout.coverage.check_token_index(row["token_index"], row["total_length"])
+            length = commit.spans[row["slot"]][1] if commit.spans else 0
+            complete = row["status"] == "complete"
+            layout.coverage.check_tokens(length, row["prompt_length"], row["total_length"], complete)
         except ValueError as error:
             yield Problem(name, None, f"sample {row['key']}: {error}")
-
-
-def _check_data(path: Path, layout: Layout, commit: Commit, site: str, tokens: np.ndarray | None) -> Iterator[Problem]:
-    """One activation file: size, every chunk, every row, the index, and what is NaN."""
-    file, name = layout.files[site], layout.data_file(site, commit.shard)
-    record = commit.files[name]
-    rows = None
-    row_name = layout.row_crc_file(site, commit.shard)
-    try:
-        raw = read_checked(path, commit, row_name)
-        rows = np.frombuffer(raw, "<u4", file.chunks * file.samples).reshape(file.chunks, file.samples)
-    except CorruptError as error:
-        yield Problem(row_name, None, str(error))
-    try:
-        stream = open(path / name, "rb", buffering=0)
-    except OSError as error:
-        yield Problem(name, None, f"{error.strerror}, but it was committed with {record.size} bytes")
-        return
-    with stream:
-        size = os.fstat(stream.fileno()).st_size
-        if not size == record.size == file.size:
-            yield Problem(name, min(size, file.size), f"{size} bytes, but {record.size} were committed")
-            return
-        page, whole, problems = np.empty(file.pitch, np.uint8), 0, 0
-        for chunk in range(file.chunks):
-            stream.readinto(page)
-            whole = crc32c(page, whole)
-            for problem in _check_chunk(name, file, chunk, page, rows, layout, tokens):
-                problems += 1
-                yield problem
-        index = stream.read()
-        if index != file.index:
-            problems += 1
-            yield Problem(name, file.index_offset, "the shard index differs from the layout's")
-        if crc32c(index, whole) != record.crc32c and not problems:
-            yield Problem(name, None, f"crc32c of the file is not the committed {record.crc32c:#010x}")
-
-
-def _check_chunk(
-    name: str,
-    file: ShardFile,
-    chunk: int,
-    page: np.ndarray,
-    rows: np.ndarray | None,
-    layout: Layout,
-    tokens: np.ndarray | None,
-) -> Iterator[Problem]:
-    data, offset = page[: file.chunk_bytes], chunk * file.pitch
-    stored = int.from_bytes(page[file.chunk_bytes : file.chunk_bytes + 4].tobytes(), "little")
-    if crc32c(data) != stored:
-        yield Problem(name, offset, f"the chunk has crc32c {crc32c(data):#010x}, but {stored:#010x} was stored")
-    if rows is not None:
-        row = np.dtype((np.void, file.row_bytes))
-        found = np.fromiter(map(google_crc32c.value, data.view(row).tolist()), np.uint32, file.samples)
-        for slot in np.flatnonzero(found != rows[chunk]).tolist():
-            yield Problem(name, offset + slot * file.row_bytes, f"the row of slot {slot} differs from its row_crc")
-    if tokens is not None:
-        bits = data.view(file.bits).reshape(file.samples, file.width)
-        if file.dtype == "bfloat16":
-            finite = (bits & np.uint16(0x7F80)) != 0x7F80
-            nan = ~finite & ((bits & np.uint16(0x007F)) != 0)
-        else:
-            finite, nan = np.isfinite(bits), np.isnan(bits)
-        present = tokens[chunk % len(layout.coverage.positions)] != ABSENT
-        for slot in np.flatnonzero(np.where(present, ~finite.all(-1), ~nan.all(-1))).tolist():
-            what = "is not finite" if present[slot] else "holds values, though its token is absent"
-            yield Problem(name, offset + slot * file.row_bytes, f"the row of slot {slot} {what}")

@@ -1,5 +1,6 @@
 """A capture as a lazy xarray.Dataset: named coordinates, samples in task order, labels beside them."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +11,9 @@ from xarray.core import indexing
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.positions import ABSENT, in_answer
 from hiddenlake.cache.sites import SITES
-from hiddenlake.cache.store.coverage import DTYPES
-from hiddenlake.cache.store.reader import Capture, Dtype, Snapshot, samples_of
+from hiddenlake.cache.store.coverage import DTYPES, EMBED
+from hiddenlake.cache.store.reader import Capture
+from hiddenlake.cache.store.snapshot import Dtype, Snapshot, samples_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -23,14 +25,17 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-class _LazySite(BackendArray):
-    """One site of one snapshot. Indexing reads what is asked for, checked. It can be pickled and shared by threads."""
+class _Lazy(BackendArray):
+    """One site of one snapshot. Indexing reads what is asked for, checked. It can be pickled and shared by threads.
 
-    def __init__(self, snapshot: Snapshot, site: str, dtype: Dtype) -> None:
-        file = snapshot.layout.files[site]
-        self.snapshot, self.site, self.stored = snapshot, site, dtype
-        self.shape = (*file.outer, len(snapshot.keys), file.width)
-        self.dtype = np.dtype(np.float32) if dtype == "float32" else DTYPES[file.dtype][1]
+    read : (site, indices along each leading axis, rows, dtype) -> block; one of the snapshot's methods.
+    """
+
+    def __init__(
+        self, read: Callable[..., np.ndarray], site: str, shape: tuple[int, ...], stored: str, dtype: Dtype
+    ) -> None:
+        self.read, self.site, self.shape, self.stored = read, site, shape, dtype
+        self.dtype = np.dtype(np.float32) if dtype == "float32" else DTYPES[stored][1]
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
@@ -39,13 +44,13 @@ class _LazySite(BackendArray):
         *outer, rows = (
             np.atleast_1d(np.arange(length)[index]) for length, index in zip(self.shape[:-1], key[:-1], strict=True)
         )
-        block = self.snapshot.read_block(self.site, [axis.tolist() for axis in outer], rows, self.stored)
+        block = self.read(self.site, [axis.tolist() for axis in outer], rows, self.stored)
         squeezed = tuple(0 if isinstance(index, (int, np.integer)) else slice(None) for index in key[:-1])
         return block[(*squeezed, key[-1])]
 
 
 def dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
-    """The committed samples of a capture, in task order.
+    """The cells of a capture's committed samples, in task order.
 
     dtype : `float32` widens bfloat16 exactly as it is read; `stored` gives ml_dtypes.bfloat16, with which
         xarray can do little more than select.
@@ -59,38 +64,96 @@ def dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
                                  and exact_answer is null (xarray's NaN) where none was found
         <name>                   (sample,) labels/<name>.parquet; <name>_<column> where it has several columns
 
-    Later commits do not show up in it: refresh the capture and take another one. Raises CorruptError.
+    Later commits do not show up in it: refresh the capture and take another one. Raises CorruptError, and
+    BadInputError for a capture that holds tokens only.
     """
-    if dtype not in ("stored", "float32"):
-        raise BadInputError(f"unknown dtype {dtype!r}: expected `stored` or `float32`")
     snapshot = capture.snapshot
-    coverage = snapshot.root.coverage
-    variables: dict[str, Any] = {}
-    for site in snapshot.layout.files:
-        outer = ("layer", "position") if SITES[site].layered else ("position",)
-        variables[site] = xr.Variable(
-            (*outer, "sample", SITES[site].width),
-            indexing.LazilyIndexedArray(_LazySite(snapshot, site, dtype)),
-            {"long_name": SITES[site].meaning},
-        )
+    positions = snapshot.layout.coverage.positions
+    if not positions:
+        raise BadInputError(f"{capture.path} has no positions, only tokens: take dataset(tokens=True)")
     table = samples_of(snapshot)
     lengths = table["prompt_length"].to_numpy()
-    tokens = np.array(_sequences(table["token_index"]), np.int32).reshape(-1, len(coverage.positions)).T
-    variables["token_index"] = (("position", "sample"), tokens)
-    variables["in_answer"] = (
-        ("position", "sample"),
-        in_answer(coverage.positions, tokens, lengths) & (tokens != ABSENT),
-    )
-    variables |= {name: ("sample", _values(table[name])) for name in _COLUMNS}
+    index = np.array(_sequences(table["token_index"]), np.int32).reshape(-1, len(positions)).T
+    inside = in_answer(positions, index, lengths) & (index != ABSENT)
+    variables = _sites(snapshot, snapshot.read_cells, ("position", "sample"), (len(positions), len(table)), dtype)
+    variables |= {"token_index": (("position", "sample"), index), "in_answer": (("position", "sample"), inside)}
+    return _dataset(capture, snapshot, variables, {"position": np.array(positions, dtype=object)}, table)
+
+
+def token_dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
+    """The tokens of a capture's committed samples, in task order, one sample's behind the other's, without holes.
+
+    dtype : as in `dataset`.
+
+    Returns a Dataset with the coordinates layer (int) and sample (key), on each token sample_key, sample_row (of the
+    sample, in task order), token_index (into prompt + answer), token_id and in_answer, and the variables
+
+        each site                     (layer, token, hidden), lazy; widths and layers as in `dataset`
+        sample_start, sample_length   (sample,) int64, where each sample's tokens lie on the axis `token`
+        index, group, correct...      (sample,) the columns of samples/, and labels, as in `dataset`
+
+    Raises CorruptError, and BadInputError for a capture that holds no tokens.
+    """
+    snapshot = capture.snapshot
+    if snapshot.layout.coverage.tokens is None:
+        raise BadInputError(f"{capture.path} holds no tokens, only positions: take dataset()")
+    table = samples_of(snapshot)
+    lengths, offsets, index = snapshot.token_length, snapshot.token_offsets, snapshot.token_index
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    ids = [np.empty(0, np.int32), *_sequences(table["token_ids"])]
+    first = np.cumsum([0, *map(len, ids[1:])])[:-1]
+    variables = _sites(snapshot, snapshot.read_tokens, ("token",), (len(index),), dtype)
+    variables |= {"sample_start": ("sample", offsets[:-1]), "sample_length": ("sample", lengths)}
+    coordinates = {
+        "sample_key": ("token", snapshot.keys[row]),
+        "sample_row": ("token", row),
+        "token_index": ("token", index),
+        "token_id": ("token", np.concatenate(ids)[first[row] + index]),
+        "in_answer": ("token", index >= table["prompt_length"].to_numpy()[row]),
+    }
+    return _dataset(capture, snapshot, variables, coordinates, table)
+
+
+def _sites(
+    snapshot: Snapshot,
+    read: Callable[..., np.ndarray],
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: Dtype,
+) -> dict[str, xr.Variable]:
+    """Each site as a lazy variable. axes, shape : between the layers and the width."""
+    if dtype not in ("stored", "float32"):
+        raise BadInputError(f"unknown dtype {dtype!r}: expected `stored` or `float32`")
+    coverage = snapshot.layout.coverage
+    variables = {}
+    for site in (*coverage.sites, EMBED):
+        layers = {"layer": len(coverage.layers)} if SITES[site].layered else {}
+        lazy = _Lazy(read, site, (*layers.values(), *shape, coverage.widths[site]), coverage.dtype, dtype)
+        variables[site] = xr.Variable(
+            (*layers, *axes, SITES[site].width),
+            indexing.LazilyIndexedArray(lazy),
+            {"long_name": SITES[site].meaning},
+        )
+    return variables
+
+
+def _dataset(
+    capture: Capture,
+    snapshot: Snapshot,
+    variables: dict[str, Any],
+    coordinates: dict[str, Any],
+    table: "pyarrow.Table",
+) -> xr.Dataset:
+    """With the columns of samples/ and the labels beside the activations."""
+    variables = variables | {name: ("sample", _values(table[name])) for name in _COLUMNS}
     for name, values in _labels(capture, snapshot).items():
-        if name in variables:
+        if name in variables or name in coordinates:
             raise BadInputError(f"labels/{name}.parquet: the capture has a variable {name!r} already: rename the file")
         variables[name] = ("sample", values)
-    coordinates = {"position": np.array(coverage.positions, dtype=object), "sample": snapshot.keys}
-    if coverage.layers:
-        coordinates["layer"] = np.array(coverage.layers, np.int64)
-    attributes = _flat(capture.identity) | {"capture": str(capture.path)}
-    return xr.Dataset(variables, coordinates, attributes)
+    coordinates = coordinates | {"sample": snapshot.keys}
+    if snapshot.layout.coverage.layers:
+        coordinates["layer"] = np.array(snapshot.layout.coverage.layers, np.int64)
+    return xr.Dataset(variables, coordinates, _flat(capture.identity) | {"capture": str(capture.path)})
 
 
 def _values(column: "pyarrow.ChunkedArray") -> np.ndarray:

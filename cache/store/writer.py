@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,16 +17,17 @@ from hiddenlake.cache.errors import BadInputError, CaptureError, StoreError
 from hiddenlake.cache.positions import ABSENT
 from hiddenlake.cache.samples import Failure, Sample
 from hiddenlake.cache.store import claims as _claims
-from hiddenlake.cache.store import layout as _layout
 from hiddenlake.cache.store.claims import Claims
-from hiddenlake.cache.store.commits import Commit, FileRecord, list_commits, read_commit
 from hiddenlake.cache.store.coverage import Coverage
-from hiddenlake.cache.store.derived import derived_chunks, rebuild
-from hiddenlake.cache.store.files import crc32c, create_folder, write_atomic
-from hiddenlake.cache.store.layout import BUFFERS, Layout, check_buffers, encode_numbers
-from hiddenlake.cache.store.root import Root, read_root
-from hiddenlake.cache.store.shard import Shard, ShardBuffer
-from hiddenlake.cache.store.tables import encode_failures, encode_samples
+from hiddenlake.cache.store.derived import rebuild
+from hiddenlake.cache.store.files import create_folder, write_atomic
+from hiddenlake.cache.store.layout import BUFFERS, Layout
+from hiddenlake.cache.store.publisher import Publisher
+from hiddenlake.cache.store.root import Root, grow, new_root, read_root
+from hiddenlake.cache.store.shard import Shard, ShardBuffer, TokenShard
+from hiddenlake.cache.store.sizes import check_buffers, choose_layout
+from hiddenlake.cache.store.spans import Spans, TokenPiece, TokenSpan
+from hiddenlake.cache.store.tables import encode_failures
 
 # A run in which everything fails must not rewrite its list of failures for each.
 _FAILURES_SECONDS = 1.0
@@ -41,14 +42,16 @@ def open_writer(
     planned: int,
     buffer_bytes: int = 2 << 30,
     shard_samples: int | None = None,
+    shard_tokens: tuple[int, int] | None = None,
 ) -> "Writer":
     """Create a capture, or open it to write more of it. Leftovers of dead writers are removed first.
 
     identity : what makes two activations the same numbers; plain JSON, compared field by field.
     provenance : engine, versions, hardware: plain JSON, kept with each commit.
-    planned : samples of the whole run; the sample axis is made for them and grows when it must.
-    buffer_bytes : memory that the two shard buffers may take.
-    shard_samples : B, where it should not be chosen by `layout.shard_samples`; an existing capture keeps its own.
+    planned : samples of the whole run; the axes are made for them and grow when they must.
+    buffer_bytes : memory that the shard buffers may take: two for samples, and two for tokens.
+    shard_samples, shard_tokens : B, and (T, tokens a shard), where they should not be chosen by `choose_layout`; an
+        existing capture keeps its own.
 
     Raises IdentityError where the folder holds another identity or coverage, StoreError where it is
     not empty and no capture, of an unknown version, or the buffers do not fit.
@@ -60,9 +63,8 @@ def open_writer(
     if not (path / "zarr.json").exists():
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise StoreError(f"{path} is not empty and is no capture: name another folder, or empty it")
-        samples = shard_samples or _layout.shard_samples(coverage, planned, buffer_bytes)
-        root = Root(identity, coverage, samples, planned, provenance, max(1, -(-planned // samples)))
-        check_buffers(root.layout, buffer_bytes)
+        layout = choose_layout(coverage, planned, buffer_bytes, shard_samples, shard_tokens)
+        root = new_root(identity, layout, planned, provenance)
         files = root.files() | root.layout.coordinates()
         # When another process was faster, its capture is opened, and checked, like any other.
         create_folder(path, files, root.layout.folders(), _claims.LOCK)
@@ -74,57 +76,50 @@ def open_writer(
 
 @dataclass(slots=True)
 class _Filling:
-    """A claimed shard between its claim and its publishing."""
+    """A claimed shard between its claim and its publishing. samples, spans : by slot."""
 
     shard: Shard
     free: list[int]
     handed_out: set[int] = field(default_factory=set)
     samples: dict[int, Sample] = field(default_factory=dict)
+    spans: dict[int, tuple[int, int]] = field(default_factory=dict)
 
 
 class Writer:
     """One process's hand on a capture; made by `open_writer`. Its methods may be called from several threads.
 
     path : the capture's folder.
-    committed : keys of all committed samples, of all writers, as of the last `reserve`. Not to be changed.
-    published : samples that this writer committed.
-    bytes_written : bytes of the files that this writer published.
-    provenance : kept with each commit; may be set again, e.g. once an engine has started.
+    layout : its files, and how large they are.
     """
 
     def __init__(self, path: Path, root: Root, provenance: dict[str, Any]) -> None:
         self.path = path
         self.coverage = root.coverage
         self.layout: Layout = root.layout
-        self.committed: set[str] = set()
-        self.published = 0
-        self.bytes_written = 0
-        self.provenance = provenance
         self._lock = threading.RLock()
-        self._commits: dict[int, Commit] = {}
         self._reserved: set[str] = set()
         self._added: set[str] = set()
         self._filling: list[_Filling] = []
         self._buffers: list[ShardBuffer] = []
         self._idle: list[ShardBuffer] = []
-        self._publishing: list[Future[None]] = []
-        self._error: BaseException | None = None
         self._raised = False
         self._closed = False
         self._left = False
         self._failures: dict[str, tuple[Failure, datetime]] = {}
         self._failures_written = (0, -_FAILURES_SECONDS)
         self._claims: Claims = _claims.enter(path, self.layout)
+        self._publisher = Publisher(path, self.layout, self._claims, provenance, self._lock)
+        self._spans = Spans(self.layout, self._lock, self._claim_tokens, self._publish_tokens, self._check)
         try:
             with self._claims.lock():
-                self._refresh()
-                self._claims.sweep()
-                # Another process may have grown the sample axis since the root was read.
-                rebuild(path, read_root(path), list(self._commits.values()))
+                self._publisher.refresh()
+                self._claims.sweep(self._publisher.token_shards)
+                # Another process may have grown the axes since the root was read.
+                rebuild(path, read_root(path), list(self._publisher.commits.values()))
         except BaseException:
+            self._publisher.close()
             self._claims.leave()
             raise
-        self._publisher = ThreadPoolExecutor(1, "hiddenlake-publisher")
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +132,30 @@ class Writer:
         """B."""
         return self.layout.samples
 
+    @property
+    def committed(self) -> set[str]:
+        """Keys of all committed samples, of all writers, as of the last `reserve`. Not to be changed."""
+        return self._publisher.committed
+
+    @property
+    def published(self) -> int:
+        """Samples that this writer committed."""
+        return self._publisher.published
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the files that this writer published."""
+        return self._publisher.bytes_written
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Kept with each commit; may be set again, e.g. once an engine has started."""
+        return self._publisher.provenance
+
+    @provenance.setter
+    def provenance(self, provenance: dict[str, Any]) -> None:
+        self._publisher.provenance = provenance
+
     def reserve(self, keys: Sequence[str], limit: int) -> list[str]:
         """The next samples to work on: up to `limit` of `keys`, in their order.
 
@@ -146,7 +165,7 @@ class Writer:
         with self._lock:
             self._check()
             with self._claims.lock():
-                self._refresh()
+                self._publisher.refresh()
                 taken = self.committed | self._reserved | self._claims.reserved_by_others()
                 chosen = []
                 for key in dict.fromkeys(keys):
@@ -160,7 +179,7 @@ class Writer:
             return chosen
 
     def slot(self) -> tuple[Shard, int]:
-        """A free slot: the sample's rows go to `shard.views[site][..., slot, :]`, then call `add` or `release`.
+        """A free slot: the sample's cells go to `shard.views[site][..., slot, :]`, then call `add` or `release`.
 
         Blocks while both shard buffers are being published. Raises StoreError when all slots of both
         are handed out.
@@ -178,7 +197,7 @@ class Writer:
                     filling.handed_out.add(slot)
                     filling.shard.buffer.clear(slot)
                     return filling.shard, slot
-                publishing = list(self._publishing)
+                publishing = self._publisher.pending()
             if not publishing:
                 raise StoreError(
                     f"all {BUFFERS * self.layout.samples} slots of both shard buffers are handed out: add or release "
@@ -186,18 +205,51 @@ class Writer:
                 )
             wait(publishing, return_when=FIRST_COMPLETED)
 
-    def add(self, shard: Shard, slot: int, sample: Sample) -> None:
-        """The slot's rows are complete: the sample will be committed with its shard.
+    def span(self, length: int) -> TokenSpan:
+        """A place for a sample's tokens on the token axis: ask for its pieces, then call `add` or `release`.
 
-        The shard is published in the background once all its slots are added. Acknowledged is what
-        `published` counts or `flush` returned for; anything else is captured again after a crash.
+        length : tokens of the sample that are stored.
+        """
+        with self._lock:
+            self._check()
+            if self.coverage.tokens is None:
+                raise StoreError(f"{self.path} holds no tokens: name tokens in its coverage to store them")
+            return self._spans.reserve(length)
+
+    def piece(self, span: TokenSpan) -> TokenPiece | None:
+        """The next rows of a span, in one token shard: they go to `piece.shard.views[site][..., piece.rows, :]`.
+
+        Blocks while token buffers are being published. None when both buffers hold rows that are not filled, or that
+        belong to spans that were asked for before: fill those first.
+        """
+        return self._spans.piece(span)
+
+    def filled(self, piece: TokenPiece) -> None:
+        """A piece's rows are complete.
+
+        Raises CaptureError where a value is not finite; the piece may then be written again, or its span released.
+        """
+        self._spans.filled(piece)
+
+    def add(self, shard: Shard, slot: int, sample: Sample, span: TokenSpan | None = None) -> None:
+        """The slot's cells, and all pieces of the span, are complete: the sample will be committed with its shard.
+
+        span : where the capture holds tokens.
+
+        The shard is published in the background once all its slots are added, and committed once the token shards
+        that its samples lie in are full and published too. Acknowledged is what `published` counts or `flush`
+        returned for; anything else is captured again after a crash.
 
         Raises CaptureError where a cell whose token is present is not finite, or one that is absent is not
         NaN; the slot is then still handed out, to be filled again or released.
         """
         self.coverage.check_token_index(sample.token_index, sample.total_length)
+        complete = sample.status == "complete"
+        self.coverage.check_tokens(span.length if span else 0, sample.prompt_length, sample.total_length, complete)
         with self._lock:
             self._check()
+            if self.coverage.tokens:
+                self._spans.check_filled(span)
             filling = self._filling_of(shard, slot)
             if sample.key not in self._reserved:
                 raise StoreError(f"sample {sample.key} was not reserved by this writer: call `reserve` first")
@@ -212,15 +264,20 @@ class Writer:
                 raise StoreError(f"sample {sample.key} was added before: a key is stored once")
             filling.handed_out.remove(slot)
             filling.samples[slot] = sample
+            if self.coverage.tokens:
+                self._spans.add(span)
+                filling.spans[slot] = span.start, span.length
             self._added.add(sample.key)
             self._failures.pop(sample.key, None)
             if len(filling.samples) == self.layout.samples:
                 self._publish(filling)
 
-    def release(self, shard: Shard, slot: int) -> None:
-        """Give a slot back unused. Whatever was written into it is forgotten."""
+    def release(self, shard: Shard, slot: int, span: TokenSpan | None = None) -> None:
+        """Give a slot, and a span, back unused. Whatever was written there is forgotten."""
         with self._lock:
             filling = self._filling_of(shard, slot)
+            if span is not None:
+                self._spans.release(span)
             filling.handed_out.remove(slot)
             heapq.heappush(filling.free, slot)
 
@@ -232,39 +289,45 @@ class Writer:
             self._write_failures(at_most_once_a_second=True)
 
     def flush(self) -> None:
-        """Publish what was added, in shards that keep free slots, and wait until all is committed.
+        """Publish what was added, in shards that keep free slots and holes, and wait until all is committed.
 
-        Raises StoreError when slots are still handed out, or publishing failed.
+        Raises StoreError when slots or spans are still handed out, or publishing failed.
         """
         with self._lock:
             self._check()
             handed_out = sum(len(filling.handed_out) for filling in self._filling)
-            if handed_out:
-                raise StoreError(f"{handed_out} slots are still handed out: add or release them before a flush")
+            if handed_out or self._spans.open:
+                raise StoreError(
+                    f"{handed_out} slots are still handed out, and {self._spans.open} spans: "
+                    f"add or release them before a flush"
+                )
+            self._spans.close_shard()
             for filling in [filling for filling in self._filling if filling.samples]:
                 self._publish(filling)
-            publishing = list(self._publishing)
+            publishing = self._publisher.pending()
         wait(publishing)
         with self._lock:
             self._check()
             self._write_failures()
 
     def close(self) -> None:
-        """Publish what was added, forget slots that are still handed out, and leave. A second call does nothing."""
+        """Publish what was added, forget what is still handed out, and leave. A second call does nothing."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
         try:
             if not self._raised:
+                self._spans.release_all()
                 for filling in list(self._filling):
                     for slot in list(filling.handed_out):
                         self.release(filling.shard, slot)
                 self.flush()
         finally:
-            self._publisher.shutdown(wait=True)
+            self._publisher.close()
             self._left = True
             self._claims.leave()
+            self._spans.close()
             for buffer in self._buffers:
                 buffer.close()
 
@@ -272,20 +335,11 @@ class Writer:
         """Raise what went wrong in the background; from then on this writer only refuses."""
         if self._left:
             raise StoreError(f"this writer of {self.path} is closed: open another one")
-        for future in [future for future in self._publishing if future.done()]:
-            self._publishing.remove(future)
-            self._error = self._error or future.exception()
-        if self._error is not None:
+        try:
+            self._publisher.check()
+        except StoreError:
             self._raised = True
-            raise StoreError(f"publishing to {self.path} failed: {self._error}") from self._error
-
-    def _refresh(self) -> None:
-        for shard in list_commits(self.path) - self._commits.keys():
-            self._remember(read_commit(self.path, shard))
-
-    def _remember(self, commit: Commit) -> None:
-        self._commits[commit.shard] = commit
-        self.committed.update(key for key in commit.keys if key is not None)
+            raise
 
     def _filling_of(self, shard: Shard, slot: int) -> _Filling:
         for filling in self._filling:
@@ -302,20 +356,17 @@ class Writer:
             self._idle.append(self._buffers[-1])
         with self._claims.lock():
             number, fencing = self._claims.claim()
-            root = read_root(self.path)
-            if number >= root.shards:
-                self._grow(root, number)
+            grow(self.path, number + 1, 0)
         filling = _Filling(Shard(number, fencing, self._idle.pop()), list(range(self.layout.samples)))
         self._filling.append(filling)
         return filling
 
-    def _grow(self, root: Root, shard: int) -> None:
-        """Lengthen the sample axis: arrays first, the consolidated root last. Under the capture's lock."""
-        # By an eighth, so that a run of unplanned length rewrites its metadata a few times only.
-        shards = max(shard + 1, root.shards + root.shards // 8)
-        grown = Root(root.identity, root.coverage, root.shard_samples, root.planned, root.provenance, shards)
-        for name, data in grown.files().items():
-            write_atomic(self.path / name, data)
+    def _claim_tokens(self, first: int | None, shards: int) -> dict[int, int]:
+        with self._claims.lock():
+            self._publisher.refresh()
+            claimed = self._claims.claim_tokens(first, shards, self._publisher.token_shards)
+            grow(self.path, 0, max(claimed, default=-1) + 1)
+        return claimed
 
     def _check_cells(self, rows: dict[str, np.ndarray], sample: Sample) -> None:
         present = np.asarray(sample.token_index) != ABSENT
@@ -338,68 +389,10 @@ class Writer:
 
     def _publish(self, filling: _Filling) -> None:
         self._filling.remove(filling)
-        self._publishing.append(self._publisher.submit(self._write_shard, filling))
+        self._publisher.publish_samples(filling.shard, filling.samples, filling.spans, self._idle.append)
 
-    def _write_shard(self, filling: _Filling) -> None:
-        """In the publisher's thread: data, row checksums, samples; then the commit; then what is derived from them."""
-        if self._error is not None:
-            return
-        try:
-            shard, samples = filling.shard, filling.samples
-            k, slots = shard.number, sorted(samples)
-            if self._claims.read(k) != (self._claims.writer, shard.fencing):
-                raise StoreError(
-                    f"{self.path}: the claim on shard {k} is no longer ours: these samples were not stored; "
-                    f"run the same command again"
-                )
-            for slot in set(range(self.layout.samples)) - samples.keys():
-                shard.buffer.clear(slot)
-            files = {}
-            for site, whole in shard.buffer.seal().items():
-                name = self.layout.data_file(site, k)
-                image = shard.buffer.images[site]
-                write_atomic(self.path / name, image, preallocate=True)
-                files[name] = FileRecord(len(image), whole)
-                name = self.layout.row_crc_file(site, k)
-                data = encode_numbers(shard.buffer.checksums[site])
-                write_atomic(self.path / name, data)
-                files[name] = FileRecord(len(data), crc32c(data))
-            data = encode_samples(samples)
-            write_atomic(self.path / self.layout.samples_file(k), data)
-            files[self.layout.samples_file(k)] = FileRecord(len(data), crc32c(data))
-            every = range(self.layout.samples)
-            commit = Commit(
-                k,
-                self._claims.writer,
-                shard.fencing,
-                self.provenance,
-                tuple(samples[slot].key if slot in samples else None for slot in every),
-                tuple((samples[s].index, samples[s].sample_index) if s in samples else None for s in every),
-                files,
-                datetime.now(UTC).isoformat(timespec="seconds"),
-            )
-            commit.publish(self.path)
-            with self._lock:
-                self._remember(commit)
-                self.published += len(samples)
-                self.bytes_written += sum(record.size for record in files.values())
-            rows = [samples[slot] for slot in slots]
-            derived = derived_chunks(
-                self.layout,
-                k,
-                slots,
-                [sample.key for sample in rows],
-                [sample.token_index for sample in rows],
-                [sample.prompt_length for sample in rows],
-            )
-            for name, data in derived.items():
-                write_atomic(self.path / name, data)
-            with self._lock:
-                self._idle.append(shard.buffer)
-        except BaseException as error:
-            # Known here at once, so that a shard that waits behind this one is not written.
-            self._error = error
-            raise
+    def _publish_tokens(self, shard: TokenShard, kept: list[slice]) -> Future[None]:
+        return self._publisher.publish_tokens(shard, kept, self._spans.recycle)
 
     def _write_failures(self, at_most_once_a_second: bool = False) -> None:
         count, when = self._failures_written

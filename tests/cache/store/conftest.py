@@ -59,9 +59,16 @@ def assert_holds(tiny, expected):
             assert numbers == list(range(complete))
         if numbers:
             every = expected(numbers, capture.coverage)
-            for site in capture.coverage.widths:
+            for site in capture.coverage.widths if capture.coverage.positions else ():
                 bits = np.ascontiguousarray(every[site])
                 assert np.array_equal(capture.read(site).view(np.uint8), bits.view(np.uint8))
+        if numbers and capture.coverage.tokens:
+            every = [tiny.tokens(i, capture.coverage) for i in numbers]
+            for site in capture.coverage.widths:
+                bits = np.concatenate([tokens[site] for tokens in every], axis=-2)
+                found = capture.read_tokens(site)
+                assert found.lengths.tolist() == [tokens[site].shape[-2] for tokens in every]
+                assert np.array_equal(found.values.view(np.uint8), np.ascontiguousarray(bits).view(np.uint8))
         return capture
 
     return check

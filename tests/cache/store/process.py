@@ -24,9 +24,9 @@ WIDTHS = {"hidden": WIDTH, "attn_z": 40, "mlp_act": 56}
 IDENTITY = {"model": {"name": "tiny", "revision": "abc"}, "task": "numbers", "seed": 0}
 
 
-def coverage(dtype="bfloat16", sites=SITES, positions=POSITIONS):
+def coverage(dtype="bfloat16", sites=SITES, positions=POSITIONS, tokens=None):
     widths = {site: WIDTHS[ALL_SITES[site].width] for site in ("embed", *sites)}
-    return Coverage(sites, LAYERS, positions, widths, dtype)
+    return Coverage(sites, LAYERS, positions, widths, dtype, tokens)
 
 
 def key(i):
@@ -34,8 +34,9 @@ def key(i):
 
 
 def sample(i, positions=POSITIONS):
-    prompt, answer = 3 + i % 4, 1 + i % 5
-    exact = (prompt, prompt) if i % 3 else None
+    # Now and then an answer that is longer than two token shards.
+    prompt, answer = 3 + i % 4, 40 if i % 11 == 7 else i % 5
+    exact = (prompt, prompt) if i % 3 and answer else None
     total = prompt + answer
     return Sample(
         key(i), i // 2, i % 2, f"group {i % 3}", f"prompt é {i}", f"answer {i}", ("a", "b"), i % 2 == 0,
@@ -61,20 +62,46 @@ def rows(i, c=None):
     return found
 
 
+def tokens(i, c):
+    """site -> bits (layer, token, width), or (token, width) without layers, of the sample's stored tokens."""
+    one = sample(i, c.positions)
+    chosen = np.array(c.tokens.indices(one.prompt_length, one.total_length), np.int64)
+    found = {}
+    for site, width in c.widths.items():
+        outer = (len(c.layers),) if ALL_SITES[site].layered else ()
+        found[site] = bits(i, 1, site, (*outer, one.total_length, width), c.dtype)[..., chosen, :]
+    return found
+
+
+def fill(writer, span, found):
+    """Write a sample's tokens, one piece behind the other."""
+    while span.rest:
+        piece = writer.piece(span)
+        for site, view in piece.shard.views.items():
+            view[..., piece.rows, :] = found[site][..., piece.first : piece.first + piece.count, :]
+        writer.filled(piece)
+
+
 def add(writer, i):
     c = writer.coverage
     shard, slot = writer.slot()
+    span = None
+    if c.tokens:
+        found = tokens(i, c)
+        span = writer.span(found["embed"].shape[-2])
+        fill(writer, span, found)
     one = sample(i, c.positions)
     present = np.array(one.token_index) != ABSENT
     cells = rows(i, c)
     for site, view in shard.views.items():
         view[..., present, slot, :] = cells[site][..., present, :]
-    writer.add(shard, slot, one)
+    writer.add(shard, slot, one, span)
 
 
 def open_tiny(path, samples, shard_samples=4, dtype="bfloat16", **settings):
     settings = {"identity": IDENTITY, "coverage": coverage(dtype), "provenance": {"host": "test"}} | settings
-    return open_writer(path, planned=samples, shard_samples=shard_samples, **settings)
+    tokens = (4, 16) if settings["coverage"].tokens else None
+    return open_writer(path, planned=samples, shard_samples=shard_samples, shard_tokens=tokens, **settings)
 
 
 def write(path, samples, shard_samples=4, dtype="bfloat16", seconds=0.0, **settings):

@@ -159,7 +159,7 @@ def test_rules_are_verified_beyond_checksums(path, tiny):
     (path / "commits" / "0.json").unlink()
     Commit(0, commit.writer, 1, {}, other, commit.order, files, commit.time).publish(path)
     found = [str(problem) for problem in verify(path).problems]
-    assert any("embed/c.0.0.0 at byte 0: the row of slot 0 differs from its row_crc" in text for text in found)
+    assert any("embed/c.0.0.0 at byte 0: row 0 of the chunk differs from its row_crc" in text for text in found)
     assert any("is in shard 0 too" in text for text in found)
     assert any("samples/0.parquet: slots, keys or order differ" in text for text in found)
 

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from hiddenlake.cache.errors import StoreError, UnknownNameError
 from hiddenlake.cache.positions import PAPER
 from hiddenlake.cache.store.coverage import Coverage
-from hiddenlake.cache.store.layout import ALIGNMENT, CHUNK_BYTES, Layout, ShardFile, shard_samples
+from hiddenlake.cache.store.layout import Layout
+from hiddenlake.cache.store.shard_file import ALIGNMENT, ShardFile
+from hiddenlake.cache.store.sizes import CHUNK_BYTES, choose_layout
 
 
 def box(layers, hidden, dtype="bfloat16", positions=PAPER):
@@ -16,17 +18,17 @@ def box(layers, hidden, dtype="bfloat16", positions=PAPER):
 
 @pytest.mark.parametrize(("layers", "hidden", "samples"), [(30, 576, 256), (32, 4096, 32), (80, 8192, 16)])
 def test_samples_a_shard_of_known_models(layers, hidden, samples):
-    assert shard_samples(box(layers, hidden), 10_000, 2 << 30) == samples
+    assert choose_layout(box(layers, hidden), 10_000, 2 << 30) == Layout(box(layers, hidden), samples)
 
 
 def test_few_planned_samples_make_a_small_shard():
-    assert shard_samples(box(30, 576), 100, 2 << 30) == 128
+    assert choose_layout(box(30, 576), 100, 2 << 30).samples == 128
 
 
 def test_little_memory_makes_a_small_shard_or_an_error_with_numbers():
-    assert shard_samples(box(32, 4096), 10_000, 64 << 20) == 4
+    assert choose_layout(box(32, 4096), 10_000, 64 << 20).samples == 4
     with pytest.raises(StoreError, match=r"two shard buffers .* take .* MiB, .*may take 0\.0 MiB: allow more"):
-        shard_samples(box(32, 4096), 10_000, 1000)
+        choose_layout(box(32, 4096), 10_000, 1000)
 
 
 @given(
@@ -36,7 +38,7 @@ def test_little_memory_makes_a_small_shard_or_an_error_with_numbers():
 def test_samples_a_shard_is_a_power_of_two_that_fits(layers, hidden, dtype, planned, bits):
     coverage = box(layers, hidden, dtype, ("last_q", "-1"))
     try:
-        samples = shard_samples(coverage, planned, 1 << bits)
+        samples = choose_layout(coverage, planned, 1 << bits).samples
     except StoreError:
         assert 2 * Layout(coverage, 1).shard_bytes > 1 << bits
         return

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hiddenlake.cache.store import open_capture
-from hiddenlake.cache.store.layout import ALIGNMENT, Layout
+from hiddenlake.cache.store.layout import Layout
+from hiddenlake.cache.store.shard_file import ALIGNMENT
 
 SAMPLES = 10  # two full shards and half of a third
 
@@ -101,7 +102,7 @@ def test_chunks_start_on_pages(capture):
     layout = Layout(capture.coverage, capture.shard_samples)
     for site, file in layout.files.items():
         raw = (capture.path / layout.data_file(site, 0)).read_bytes()
-        index = np.frombuffer(raw[-(16 * file.chunks + 4) : -4], "<u8").reshape(-1, 2)
+        index = np.frombuffer(raw[-(16 * len(file.present) + 4) : -4], "<u8").reshape(-1, 2)
         assert (index[:, 0] % ALIGNMENT == 0).all() and (index[:, 1] == file.chunk_bytes + 4).all()
         view = np.ndarray(file.shape, file.bits, raw, 0, file.strides)
         assert view.shape[:-2] == file.outer

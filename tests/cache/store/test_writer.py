@@ -171,7 +171,7 @@ def test_a_slot_waits_while_both_buffers_are_published(tiny, tmp_path, monkeypat
     gate = threading.Event()
     write_atomic = files.write_atomic
     monkeypatch.setattr(
-        "hiddenlake.cache.store.writer.write_atomic", lambda *a, **k: (gate.wait(10), write_atomic(*a, **k))
+        "hiddenlake.cache.store.publisher.write_atomic", lambda *a, **k: (gate.wait(10), write_atomic(*a, **k))
     )
     with tiny.open_tiny(tmp_path / "c", 6, shard_samples=2) as writer:
         writer.reserve([tiny.key(i) for i in range(6)], 6)
@@ -185,13 +185,12 @@ def test_a_slot_waits_while_both_buffers_are_published(tiny, tmp_path, monkeypat
 
 
 def test_close_commits_what_was_added_and_forgets_the_rest(tiny, tmp_path, assert_holds):
-    with pytest.raises(KeyboardInterrupt):
-        with tiny.open_tiny(tmp_path / "c", 4) as writer:
-            writer.reserve([tiny.key(i) for i in range(4)], 4)
-            tiny.add(writer, 0)
-            shard, slot = writer.slot()
-            shard.views["mlp_out"][..., slot, :] = 3
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), tiny.open_tiny(tmp_path / "c", 4) as writer:
+        writer.reserve([tiny.key(i) for i in range(4)], 4)
+        tiny.add(writer, 0)
+        shard, slot = writer.slot()
+        shard.views["mlp_out"][..., slot, :] = 3
+        raise KeyboardInterrupt
     assert_holds(tmp_path / "c", complete=1)
     assert verify(tmp_path / "c").ok
     with pytest.raises(StoreError, match="closed"):
@@ -331,22 +330,21 @@ def test_what_a_living_writer_holds_is_never_swept(tiny, tmp_path, assert_holds)
 
 def test_a_commit_of_someone_else_is_never_overwritten(tiny, tmp_path, assert_holds):
     path = tmp_path / "c"
-    with pytest.raises(StoreError, match="already committed by writer"):
-        with tiny.open_tiny(path, 8) as writer:
-            writer.reserve([tiny.key(0)], 1)
-            tiny.add(writer, 0)
-            with pytest.MonkeyPatch.context() as patch:
-                # Another writer that takes the living one for dead: what flock that does not work leads to.
-                patch.setattr(Claims, "_lives", lambda self, name: name == self.writer)
-                with tiny.open_tiny(path, 8) as other:
-                    other.reserve([tiny.key(1)], 1)
-                    tiny.add(other, 1)
-            patch = pytest.MonkeyPatch()
-            patch.setattr(Claims, "read", lambda self, shard: (self.writer, 1))
-            try:
-                writer.flush()
-            finally:
-                patch.undo()
+    with pytest.raises(StoreError, match="already committed by writer"), tiny.open_tiny(path, 8) as writer:
+        writer.reserve([tiny.key(0)], 1)
+        tiny.add(writer, 0)
+        with pytest.MonkeyPatch.context() as patch:
+            # Another writer that takes the living one for dead: what flock that does not work leads to.
+            patch.setattr(Claims, "_lives", lambda self, name: name == self.writer)
+            with tiny.open_tiny(path, 8) as other:
+                other.reserve([tiny.key(1)], 1)
+                tiny.add(other, 1)
+        patch = pytest.MonkeyPatch()
+        patch.setattr(Claims, "read", lambda self, shard: (self.writer, 1))
+        try:
+            writer.flush()
+        finally:
+            patch.undo()
     assert open_capture(path).keys == [tiny.key(1)]
 
 

@@ -1,0 +1,85 @@
+"""Sizes of shards: samples and tokens a shard, so that reads are long, a crash loses little and the buffers fit."""
+
+from hiddenlake.cache.errors import StoreError
+from hiddenlake.cache.store.coverage import Coverage
+from hiddenlake.cache.store.layout import BUFFERS, Layout
+from hiddenlake.cache.store.shard_file import ShardFile
+
+# Below this a read is dominated by its fixed costs; 256 samples of SmolLM2 and 32 of an 8B model reach it.
+CHUNK_BYTES = 256 * 1024
+
+# One site's file in a token shard: it is written in one go, and what an unfinished one holds is lost in a crash.
+TOKEN_FILE_BYTES = 64 << 20
+
+# Most samples a shard beside tokens. What is lost in a crash are samples whose shard was not full, and here each may
+# have cost hundreds of rows: 64 answers of a hundred tokens are about four token shards of SmolLM2.
+TOKEN_SAMPLES = 64
+
+
+def choose_layout(
+    coverage: Coverage,
+    planned: int,
+    buffer_bytes: int,
+    shard_samples: int | None = None,
+    shard_tokens: tuple[int, int] | None = None,
+) -> Layout:
+    """The layout of a new capture.
+
+    T, and B where there are cells, is the smallest power of two that makes the narrowest site's chunk at least
+    256 KiB. A token shard has as many chunks of tokens as keep every site's file within 64 MiB. B is no larger
+    than the planned samples need. All is made smaller until two buffers of each kind fit in `buffer_bytes`.
+
+    planned : samples.
+    shard_samples, shard_tokens : B, and (T, tokens a shard), where they should not be chosen.
+
+    Raises StoreError when not even one sample and one token a shard fit.
+    """
+    narrowest = min(ShardFile((1,), 1, width, coverage.dtype).row_bytes for width in coverage.widths.values())
+    wanted = _power_of_two(-(-CHUNK_BYTES // narrowest))
+    tokens = (0, 0)
+    if coverage.tokens:
+        room = (buffer_bytes // 2 if coverage.positions else buffer_bytes) // BUFFERS
+        tokens = shard_tokens or _shard_tokens(coverage, wanted, room)
+        wanted = min(wanted, TOKEN_SAMPLES)
+    samples = shard_samples or min(wanted, _power_of_two(max(1, planned)))
+    while shard_samples is None and samples > 1 and Layout(coverage, samples, *tokens).buffer_bytes > buffer_bytes:
+        samples //= 2
+    layout = Layout(coverage, samples, *tokens)
+    check_buffers(layout, buffer_bytes)
+    return layout
+
+
+def _shard_tokens(coverage: Coverage, chunk: int, room: int) -> tuple[int, int]:
+    """(T, tokens a shard) of token shards that take at most `room` bytes, if even one token's does."""
+    while True:
+        one = Layout(coverage, 1, chunk, chunk)
+        largest = max(file.size for file in one.token_files.values())
+        chunks = min(TOKEN_FILE_BYTES // largest or 1, room // one.token_shard_bytes)
+        if chunks or chunk == 1:
+            return chunk, chunk * max(1, chunks)
+        chunk //= 2
+
+
+def check_buffers(layout: Layout, buffer_bytes: int) -> None:
+    """Raise StoreError unless two buffers of each kind fit in `buffer_bytes`."""
+    if layout.buffer_bytes <= buffer_bytes:
+        return
+    c = layout.coverage
+    what = []
+    if layout.files:
+        what.append(
+            f"two shard buffers of {layout.samples} samples a shard x {len(c.layers)} layers x {len(c.positions)} "
+            f"positions x {len(c.sites)} sites"
+        )
+    if layout.token_files:
+        what.append(
+            f"two shard buffers of {layout.shard_tokens} tokens a shard x {len(c.layers)} layers x {len(c.sites)} sites"
+        )
+    raise StoreError(
+        f"{' and '.join(what)} take {layout.buffer_bytes / 2**20:.1f} MiB, but the buffer may take "
+        f"{buffer_bytes / 2**20:.1f} MiB: allow more buffer memory, or capture fewer layers, positions or sites"
+    )
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
