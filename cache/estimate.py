@@ -1,12 +1,14 @@
 """Estimate: what a capture will cost in disk and memory, said before it starts."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hiddenlake.cache.engines.base import Request
 from hiddenlake.cache.errors import StoreError
-from hiddenlake.cache.store.layout import BUFFERS, Coverage, Layout
+from hiddenlake.cache.samples import Prompt
+from hiddenlake.cache.store.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +16,7 @@ class Estimate:
     """Costs of a run, in bytes.
 
     samples : still to be captured.
-    disk_bytes : what they will take, whole shards counted.  disk_free : what there is.
+    disk_bytes : what they will take, whole shards and longest answers counted.  disk_free : what there is.
     buffer_bytes : shard buffers in memory.  ring_bytes : most that waiting rows may take.
     in_flight : samples that the ring admits at once.
     """
@@ -36,20 +38,25 @@ class Estimate:
             )
 
 
-def estimate(request: Request, coverage: Coverage, shard_samples: int, samples: int, out: Path) -> Estimate:
-    """Project a run that captures `samples` samples into `out`."""
-    layout = Layout(coverage, shard_samples)
-    shards = -(-samples // shard_samples)
+def estimate(request: Request, layout: Layout, pending: Sequence[Prompt], out: Path) -> Estimate:
+    """Project a run that captures the pending prompts into `out`."""
+    shards = -(-len(pending) // layout.samples)
+    tokens = 0
+    if request.tokens is not None:
+        for prompt in pending:
+            answer = request.decoding.max_new_tokens if prompt.given is None else len(prompt.given)
+            q = len(prompt.token_ids)
+            tokens += len(request.tokens.indices(q, q + answer))
     folder = out
     while not folder.exists():
         folder = folder.parent
-    sample_bytes = request.rows_per_sample * request.row_bytes
+    sample_bytes = max(1, request.rows_per_sample) * request.row_bytes
     in_flight = request.ring_bytes // sample_bytes
     return Estimate(
-        samples=samples,
-        disk_bytes=shards * layout.shard_bytes,
+        samples=len(pending),
+        disk_bytes=shards * layout.shard_bytes + tokens * layout.token_bytes,
         disk_free=shutil.disk_usage(folder).free,
-        buffer_bytes=BUFFERS * layout.shard_bytes,
-        ring_bytes=min(request.ring_bytes, min(samples, in_flight) * sample_bytes),
+        buffer_bytes=layout.buffer_bytes,
+        ring_bytes=min(request.ring_bytes, min(len(pending), in_flight) * sample_bytes),
         in_flight=in_flight,
     )

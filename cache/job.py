@@ -94,7 +94,7 @@ def plan_job(
             names,
             {site: source.widths[SITES[site].width] for site in (*known, "embed")},
             source.dtype,
-            **({"tokens": tokens} if tokens else {}),
+            tokens,
         ),
         request=Request(
             model=source,

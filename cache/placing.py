@@ -74,7 +74,7 @@ def place(
             lost = True
         elif token == rules.POOLED:
             pools.append((p, rules.POOLS[name][0], span.start, span.stop))
-    tokens = range(0) if getattr(coverage, "tokens", None) is None else coverage.tokens.indices(q, n)
+    tokens = range(0) if coverage.tokens is None else coverage.tokens.indices(q, n)
     if not last_fed and n - 1 in tokens:
         tokens, lost = tokens[:-1], True
     status = "the context is full: the last token has no activation" if lost else "complete"
