@@ -114,11 +114,11 @@ class Family:
             )
 
     def widths(self, config: Any) -> dict[str, int]:
-        """Kind of width -> elements; no `mlp_act` where the family has none. config : as transformers reads it."""
+        """Kind of width -> elements; no `d_mlp` where the family has none. config : as transformers reads it."""
         hidden, heads = config.hidden_size, config.num_attention_heads
-        widths = {"hidden": hidden, "attn_z": heads * (getattr(config, "head_dim", None) or hidden // heads)}
+        widths = {"hidden": hidden, "d_attn": heads * (getattr(config, "head_dim", None) or hidden // heads)}
         if "mlp_act" in self.block:
-            widths["mlp_act"] = getattr(config, self.d_ff) or 4 * hidden  # GPT-2's n_inner may be None
+            widths["d_mlp"] = getattr(config, self.d_ff) or 4 * hidden  # GPT-2's n_inner may be None
         return widths
 
 

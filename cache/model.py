@@ -20,7 +20,7 @@ class Model:
     """A causal language model, without its weights.
 
     path : hub id or local folder, as the engines take it.
-    widths : kind of width -> elements, as in `Site.width`; without `mlp_act` where the family has none.
+    widths : kind of width -> elements, as in `Site.width`; without `d_mlp` where the family has none.
     context : most tokens that a sequence may have.
     end_ids : tokens that end an answer.
     weights : the hub's commit, or `sha256:` and the hash of the local weight files.

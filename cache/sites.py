@@ -14,8 +14,8 @@ class Site:
     """One place in the forward pass.
 
     name : canonical name, as in the table of the README.
-    width : kind of the last axis, which names its dimension in the store: `hidden`, `attn_z` (heads x head_dim)
-        or `mlp_act` (d_ff).
+    width : kind of the last axis, which names its dimension in the store: `hidden`, `d_attn` (heads x head_dim)
+        or `d_mlp`.
     layered : False for what exists once a model (`embed`, `final_norm`).
     meaning : one line for `hiddenlake info` and for errors.
     """
@@ -31,12 +31,12 @@ SITES = {
     for site in (
         Site("embed", "hidden", False, "the input of block 0"),
         Site("resid_pre", "hidden", True, "the residual stream entering the block"),
-        Site("attn_z", "attn_z", True, "what the attention's output projection multiplies"),
+        Site("attn_z", "d_attn", True, "what the attention's output projection multiplies"),
         Site("attn_out", "hidden", True, "the attention module's output"),
         Site("attn_out_post", "hidden", True, "what attention adds to the stream: after a norm in some families"),
         Site("resid_mid", "hidden", True, "the residual stream between attention and MLP"),
         Site("mlp_in", "hidden", True, "the normed input of the MLP"),
-        Site("mlp_act", "mlp_act", True, "what the MLP's down projection multiplies"),
+        Site("mlp_act", "d_mlp", True, "what the MLP's down projection multiplies"),
         Site("mlp_out", "hidden", True, "the MLP module's output"),
         Site("mlp_out_post", "hidden", True, "what the MLP adds to the stream: after a norm in some families"),
         Site("resid_post", "hidden", True, "the residual stream leaving the block"),

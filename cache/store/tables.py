@@ -38,7 +38,7 @@ def sample_schema() -> "pyarrow.Schema":
         "total_length": pa.int32(),
         "token_index": pa.list_(pa.int32()),
     }
-    nullable = ("exact_answer",)
+    nullable = ("correct", "exact_answer")
     return pa.schema(
         [pa.field(name, types.get(name, pa.string()), nullable=name in nullable) for name in SAMPLE_COLUMNS]
     )

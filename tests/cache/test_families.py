@@ -55,13 +55,13 @@ def test_widths() -> None:
     llama, gpt2, opt, olmoe = (
         family_of([name]) for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "OPTForCausalLM", "OlmoeForCausalLM")
     )
-    assert llama.widths(config()) == {"hidden": 64, "attn_z": 64, "mlp_act": 96}
-    assert llama.widths(config(head_dim=32)) == {"hidden": 64, "attn_z": 128, "mlp_act": 96}
-    assert llama.widths(config(head_dim=None))["attn_z"] == 64
-    assert gpt2.widths(config(n_inner=None))["mlp_act"] == 256
-    assert gpt2.widths(config(n_inner=100))["mlp_act"] == 100
-    assert opt.widths(config(ffn_dim=48))["mlp_act"] == 48
-    assert olmoe.widths(config()) == {"hidden": 64, "attn_z": 64}
+    assert llama.widths(config()) == {"hidden": 64, "d_attn": 64, "d_mlp": 96}
+    assert llama.widths(config(head_dim=32)) == {"hidden": 64, "d_attn": 128, "d_mlp": 96}
+    assert llama.widths(config(head_dim=None))["d_attn"] == 64
+    assert gpt2.widths(config(n_inner=None))["d_mlp"] == 256
+    assert gpt2.widths(config(n_inner=100))["d_mlp"] == 100
+    assert opt.widths(config(ffn_dim=48))["d_mlp"] == 48
+    assert olmoe.widths(config()) == {"hidden": 64, "d_attn": 64}
 
 
 @pytest.mark.parametrize(

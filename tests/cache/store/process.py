@@ -1,6 +1,6 @@
 """A small capture whose every bit is a function of the sample's number; also run as a writer process.
 
-python process.py PATH SAMPLES SHARD_SAMPLES [SECONDS]   writes samples until none is left to reserve
+python process.py PATH SAMPLES SHARD_SAMPLES SECONDS KIND   writes samples until none is left to reserve
 """
 
 import sys
@@ -9,7 +9,7 @@ import time
 import ml_dtypes
 import numpy as np
 
-from hiddenlake.cache.positions import ABSENT, resolve
+from hiddenlake.cache.positions import ABSENT, Tokens, resolve
 from hiddenlake.cache.samples import Sample
 from hiddenlake.cache.sites import SITES as ALL_SITES
 from hiddenlake.cache.store import Coverage, open_writer
@@ -20,7 +20,13 @@ SITES = ("mlp_out", "resid_post")
 LAYERS = (0, 2, 5)
 POSITIONS = ("last_q", "exact_answer_first", "second_answer", "-1")
 WIDTH = 24
-WIDTHS = {"hidden": WIDTH, "attn_z": 40, "mlp_act": 56}
+WIDTHS = {"hidden": WIDTH, "d_attn": 40, "d_mlp": 56}
+# What a capture may hold: cells, tokens, or both.
+KINDS = {
+    "cells": {},
+    "both": {"tokens": Tokens("all")},
+    "tokens": {"tokens": Tokens("all", 2), "positions": (), "sites": ("attn_z", "final_norm")},
+}
 IDENTITY = {"model": {"name": "tiny", "revision": "abc"}, "task": "numbers", "seed": 0}
 
 
@@ -100,8 +106,9 @@ def add(writer, i):
 
 def open_tiny(path, samples, shard_samples=4, dtype="bfloat16", **settings):
     settings = {"identity": IDENTITY, "coverage": coverage(dtype), "provenance": {"host": "test"}} | settings
-    tokens = (4, 16) if settings["coverage"].tokens else None
-    return open_writer(path, planned=samples, shard_samples=shard_samples, shard_tokens=tokens, **settings)
+    if settings["coverage"].tokens:
+        settings = {"shard_tokens": (4, 16)} | settings
+    return open_writer(path, planned=samples, shard_samples=shard_samples, **settings)
 
 
 def write(path, samples, shard_samples=4, dtype="bfloat16", seconds=0.0, **settings):
@@ -122,4 +129,5 @@ if __name__ == "__main__":
     encode_samples({0: sample(0)})
     print("ready", flush=True)
     sys.stdin.readline()
-    write(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), seconds=float((*sys.argv, "0")[4]))
+    path, number, shard_samples, pause, kind = sys.argv[1:]
+    write(path, int(number), int(shard_samples), seconds=float(pause), coverage=coverage(**KINDS[kind]))

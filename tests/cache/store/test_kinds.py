@@ -34,7 +34,7 @@ def test_every_reader_gives_what_was_written(capture, expected, assert_holds):
         assert np.ascontiguousarray(group[site][...][..., slots, :]).tobytes() == np.ascontiguousarray(bits).tobytes()
         assert np.array_equal(data[site].values, capture.read(site, dtype="float32"), equal_nan=True)
         outer = ("position", "sample") if site in ("final_norm", "embed") else ("layer", "position", "sample")
-        last = site if site in ("attn_z", "mlp_act") else "hidden"
+        last = {"attn_z": "d_attn", "mlp_act": "d_mlp"}.get(site, "hidden")
         assert data[site].dims == (*outer, last) == tuple(group[site].metadata.dimension_names)
 
 
@@ -49,7 +49,7 @@ def test_a_pooled_position_is_there_and_is_no_token(capture, tiny):
     inside = data["in_answer"].sel(position=["mean_answer", "max_prompt", "max_exact_answer"]).values
     assert inside.tolist() == [answered.tolist(), [False] * SAMPLES, exact.tolist()]
     assert np.array_equal(data["in_answer"], in_answer(POSITIONS, index.values, data["prompt_length"].values))
-    assert bool((data["attn_z"].isnull().all("attn_z") == (index == ABSENT)).all())
+    assert bool((data["attn_z"].isnull().all("d_attn") == (index == ABSENT)).all())
     assert [tuple(row) for row in capture.samples()["token_index"].to_pylist()] == [
         tiny.sample(i, POSITIONS).token_index for i in range(SAMPLES)
     ]

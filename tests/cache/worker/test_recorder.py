@@ -17,7 +17,7 @@ from hiddenlake.cache.worker.plan import KEY_ARG, LAST_TOKEN_ARG, PROMPT_LENGTH_
 from hiddenlake.cache.worker.recorder import Recorder
 from hiddenlake.cache.worker.staging import make_staging
 
-WIDTHS = {"hidden": 6, "attn_z": 4, "mlp_act": 9}
+WIDTHS = {"hidden": 6, "d_attn": 4, "d_mlp": 9}
 N_LAYERS = 3
 SITES = ("resid_pre", "attn_z", "mlp_act", "resid_post", "final_norm")
 MAX_NEW = 8
