@@ -45,8 +45,9 @@ test demo: export HF_HUB_OFFLINE := 1
 test demo: export VLLM_NO_USAGE_STATS := 1
 test demo: export DO_NOT_TRACK := 1
 
+# Two at a time: a file's tests share an engine, and an engine has one thread.
 test: setup
-	.venv/bin/python -m pytest -q --durations=15
+	.venv/bin/python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: setup
 	.venv/bin/hiddenlake demo --out demo

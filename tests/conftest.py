@@ -31,7 +31,12 @@ def tiny_model(demo_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu`, with the reason, where there is no CUDA."""
+    """Files with slow tests come first, so that none is left over for the end when several run at a time.
+
+    What is marked `gpu` is skipped, with the reason, where there is no CUDA.
+    """
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     marked = [item for item in items if "gpu" in item.keywords]
     if not marked:
         return
