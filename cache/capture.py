@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hiddenlake.cache.engines.base import Engine, Request
-from hiddenlake.cache.errors import BadInputError, CaptureError
+from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.estimate import Estimate, estimate
 from hiddenlake.cache.identity import Sampling
 from hiddenlake.cache.job import GIB, Job, plan_job
 from hiddenlake.cache.placing import Placed, make_sample
 from hiddenlake.cache.samples import Failure, Generation, Prompt, Sample, Task
-from hiddenlake.cache.store.shard import Shard, TokenShard
-from hiddenlake.cache.store.spans import TokenPiece, TokenSpan
+from hiddenlake.cache.shelf import Settled, Shelf
 from hiddenlake.cache.store.writer import Writer, open_writer
-from hiddenlake.cache.worker.plan import Piece, Placement
 
 # Samples reserved at a time: enough to keep an engine busy, few enough for several writers to share a small task.
 _RESERVE = 64
@@ -214,7 +212,7 @@ class _Run:
         self.engine, self.writer, self.summary, self.watcher = engine, writer, summary, watcher
         self.sample_bytes = writer.layout.shard_bytes // writer.shard_samples
         self.in_flight: dict[str, Prompt] = {}
-        self.storing: dict[str, _Storing] = {}
+        self.shelf = Shelf(engine, writer)
         self.attempts: dict[str, int] = {}
 
     def go(self, pending: Sequence[Prompt]) -> None:
@@ -227,16 +225,11 @@ class _Run:
                 self._submit(waiting.popleft())
             if not self.in_flight:
                 return
-            if len(self.in_flight) == len(self.storing):
-                waiting.extend(self._settle(self.engine.stored(wait=True)))
+            if len(self.in_flight) == len(self.shelf):
+                waiting.extend(self._settle(self.shelf.wait()))
                 continue
-            finished = self.engine.step()
-            # never more than a shard's worth at once: two shards are open at most
-            while finished:
-                block, finished = finished[: self.writer.shard_samples], finished[self.writer.shard_samples :]
-                if len(self.storing) + len(block) > self.writer.shard_samples:
-                    waiting.extend(self._settle(self.engine.stored(wait=True)))
-                waiting.extend(self._place(block))
+            finished = [self._sample(self.in_flight[generation.key], generation) for generation in self.engine.step()]
+            waiting.extend(self._settle(self.shelf.place(finished)))
 
     def _reserve(self, pending: Sequence[Prompt]) -> Iterator[list[Prompt]]:
         """Prompts that no other writer works on, a block at a time."""
@@ -258,115 +251,27 @@ class _Run:
             tokens = placed.tokens_needed()
         self.engine.submit(prompt, tokens)
 
-    def _place(self, finished: Sequence[Generation]) -> list[Prompt]:
-        """Give finished samples their places and start to store them. Returns the prompts to try again."""
-        retry: list[Prompt] = []
-        batch = _Batch()
-        for generation in finished:
-            sample, placed = self._sample(self.in_flight[generation.key], generation)
-            shard, slot = self.writer.slot()
-            span = self.writer.span(len(placed.tokens)) if self.job.coverage.tokens else None
-            item = self.storing[sample.key] = _Storing(sample, placed, shard, slot, span)
-            batch.add(item, self._pieces(item), cells=True)
-            while not item.done:
-                # no buffer is left for the rest of this sample's tokens: fill those that are held first
-                retry += self._settle([*self.engine.store(batch.handles, batch.placements), *self.engine.stored(wait=True)])
-                batch = _Batch()
-                if sample.key not in self.storing:
-                    break
-                batch.add(item, self._pieces(item), cells=False)
-        return retry + self._settle(self.engine.store(batch.handles, batch.placements))
-
-    def _pieces(self, item: "_Storing") -> list[TokenPiece]:
-        """Places for the sample's next tokens, as many as the token buffers take."""
-        pieces = []
-        while item.span is not None and item.span.rest and (piece := self.writer.piece(item.span)) is not None:
-            pieces.append(piece)
-        return pieces
-
     def _sample(self, prompt: Prompt, generation: Generation) -> tuple[Sample, Placed]:
         answer = self.model.decode_answer(generation.answer_ids) if generation.text is None else generation.text
         judgement = self.job.task.judge(prompt.question, answer)
         return make_sample(self.model, self.job.coverage, prompt, generation, answer, judgement)
 
-    def _settle(self, stored: Sequence[tuple[str, str | None]]) -> list[Prompt]:
-        """Add what has been stored. Returns the prompts to try again."""
+    def _settle(self, settled: Sequence[Settled]) -> list[Prompt]:
+        """Count what is settled. Returns the prompts to try again."""
         retry = []
-        for key, cause in stored:
-            item = self.storing[key]
-            if cause is None:
-                try:
-                    self._accept(item)
-                except CaptureError as error:  # memory that changed between the worker's check and this one
-                    cause = str(error)
-            if cause is None and not item.done:
-                continue
-            del self.storing[key]
-            prompt = self.in_flight.pop(key)
+        for sample, placed, cause in settled:
+            prompt = self.in_flight.pop(sample.key)
             if cause is None:
                 self.summary.committed += 1
-                self.summary.correct += bool(item.sample.correct)
-                self.summary.tokens += item.sample.total_length - item.sample.prompt_length
-                self.summary.bytes += self.sample_bytes + len(item.placed.tokens) * self.writer.layout.token_bytes
+                self.summary.correct += bool(sample.correct)
+                self.summary.tokens += sample.total_length - sample.prompt_length
+                self.summary.bytes += self.sample_bytes + len(placed.tokens) * self.writer.layout.token_bytes
                 continue
-            self.writer.release(item.shard, item.slot, item.span)
-            tried = self.attempts[key] = self.attempts.get(key, 0) + 1
+            tried = self.attempts[sample.key] = self.attempts.get(sample.key, 0) + 1
             if tried < _ATTEMPTS:
                 retry.append(prompt)
             else:
                 _fail(self.writer, self.summary, prompt, cause, tried)
-        if stored:
+        if settled:
             self.watcher.progressed(self.summary)
         return retry
-
-    def _accept(self, item: "_Storing") -> None:
-        """What was placed is there. Raises CaptureError where it is not."""
-        for piece in item.pieces:
-            self.writer.filled(piece)
-        item.pieces = []
-        if item.done:
-            self.writer.add(item.shard, item.slot, item.sample, item.span)
-
-
-@dataclass(slots=True)
-class _Storing:
-    """A sample on its way into its shards. pieces : places of tokens that were sent and not yet confirmed."""
-
-    sample: Sample
-    placed: Placed
-    shard: Shard
-    slot: int
-    span: TokenSpan | None
-    pieces: list[TokenPiece] = field(default_factory=list)
-
-    @property
-    def done(self) -> bool:
-        """Whether all of its tokens have a place."""
-        return self.span is None or not self.span.rest
-
-
-class _Batch:
-    """Placements of one call to the engine, and the handles of the shards that they name."""
-
-    def __init__(self) -> None:
-        self.handles: list[dict[str, Any]] = []
-        self.placements: list[Placement] = []
-        self._number: dict[int, int] = {}
-
-    def add(self, item: _Storing, pieces: Sequence[TokenPiece], cells: bool) -> None:
-        """Place a sample's cells, if asked for, and the pieces of its tokens."""
-        item.pieces = [*pieces]
-        tokens = item.placed.tokens
-        placed = []
-        for piece in pieces:
-            part = tokens[piece.first : piece.first + piece.count]
-            placed.append(Piece(self._handle(piece.shard), piece.row, (part.start, part.stop, part.step)))
-        cells = cells and bool(item.sample.token_index)
-        handle = self._handle(item.shard) if cells else None
-        self.placements.append(item.placed.placement(item.sample, handle, item.slot, placed, item.done))
-
-    def _handle(self, shard: Shard | TokenShard) -> int:
-        if id(shard) not in self._number:
-            self._number[id(shard)] = len(self.handles)
-            self.handles.append(shard.handle)
-        return self._number[id(shard)]

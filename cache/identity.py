@@ -70,21 +70,20 @@ class Sampling:
 class Decoding:
     """How answers come about: part of the value identity.
 
-    max_new_tokens : longest answer, in tokens; 0 for given text, which is fed and not generated.
+    max_new_tokens : longest answer, in tokens; 0 for given text, which is fed and not generated; None where each request
+        to a server says how it is answered.
     """
 
-    max_new_tokens: int = 100
+    max_new_tokens: int | None = 100
     sampling: Sampling = Sampling()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 0:
+        if self.max_new_tokens is not None and self.max_new_tokens < 0:
             raise BadInputError(f"max_new_tokens is {self.max_new_tokens}: expected at least 1, or 0 for given text")
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "sampling": self.sampling.to_json() if self.max_new_tokens else "given",
-        }
+        sampling = {None: "served", 0: "given"}.get(self.max_new_tokens) or self.sampling.to_json()
+        return {"max_new_tokens": self.max_new_tokens, "sampling": sampling}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +115,12 @@ class Identity:
         return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"decoding": self.decoding.to_json()}
 
 
-def sample_key(identity: Identity, prompt_ids: Sequence[int], index: int, sample_index: int) -> str:
+def sample_key(identity: Identity, prompt_ids: Sequence[int], index: int | str, sample_index: int) -> str:
     """The key of a sample, known before its answer exists: 32 hex digits.
 
     Hashes the value identity, the prompt's ids, the task's row number and the sample's number within it.
+
+    index : a request to a server has no row yet, and an id of its own instead, which no other request ever has.
     """
     ids = hashlib.sha256(np.asarray(prompt_ids, "<i4").tobytes()).hexdigest()
     return digest({"identity": identity.to_json(), "prompt": ids, "index": index, "sample": sample_index})
