@@ -158,13 +158,14 @@ class VllmEngine:
     def _feed_last(self, generation: Generation) -> bool:
         """Whether the last token behind a stop string is being fed: the request itself ended without it."""
         prompt = self._prompts[generation.key]
-        if not wanted(self._request.positions, self._request.tokens, len(prompt.token_ids)).last:
+        ids = [*prompt.token_ids, *generation.answer_ids]
+        want = wanted(self._request.positions, self._request.tokens, len(prompt.token_ids))
+        if not want.last or len(ids) == self._request.model.context:  # no position is left to feed it at
             return False
         params = self._sampling.clone()
         params.max_tokens, params.logprobs, params.stop, params.detokenize = 1, None, [], False
         params.skip_reading_prefix_cache = False
         params.extra_args = {KEY_ARG: generation.key, TAIL_ARG: 1}
-        ids = [*prompt.token_ids, *generation.answer_ids]
         tail = _tail(generation.key)
         self._engine.add_request(tail, {"prompt_token_ids": ids}, params, lora_request=self._lora)
         self._tails[tail] = generation
