@@ -1,0 +1,120 @@
+"""Engines in the tests' own process, and every stored cell against a reference."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hiddenlake
+from hiddenlake.cache.capture import Summary, run_job, start_engine
+from hiddenlake.cache.engines.vllm import VllmEngine
+from hiddenlake.cache.job import Job
+from hiddenlake.cache.positions import POOLS
+from hiddenlake.cache.samples import Generation
+
+from .conftest import relative_error
+
+# token ids -> {site: (layer, token, width)}, without layer for `embed` and `final_norm`
+Reference = Callable[[Sequence[int]], dict[str, np.ndarray]]
+
+# In float32. Twice what rounding was seen to do in any row of any scheduling.
+TOLERANCE = 1e-4
+
+
+@contextmanager
+def running(job: Job) -> Iterator[VllmEngine]:
+    """vLLM in this process, so that its scheduler and its worker can be reached: a start takes 4 s instead of 25."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # vLLM 0.32 looks into every loaded module at its start, and trips over this one, which n-gram drafting loads
+        patch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
+        engine = start_engine("vllm", job.request, job.prompts[0].token_ids)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def scheduler_of(engine: VllmEngine):
+    return engine._engine.engine_core.engine_core.scheduler
+
+
+def worker_of(engine: VllmEngine):
+    return engine._engine.model_executor.driver_worker.worker
+
+
+def recorder_of(engine: VllmEngine):
+    return worker_of(engine).hiddenlake_recorder
+
+
+def capture_all(job: Job, engine: VllmEngine, out: Path) -> tuple[hiddenlake.cache.store.reader.Capture, Summary]:
+    """Run a job to its end; nothing may fail."""
+    summary = run_job(job, out=out, engine=engine)
+    assert (summary.committed, summary.failed) == (len(job.prompts), 0), summary.causes
+    return hiddenlake.open_capture(out), summary
+
+
+def generate(engine: VllmEngine, prompts: Sequence) -> dict[str, Generation]:
+    """Answers by key, not stored."""
+    for prompt in prompts:
+        assert engine.has_room(prompt)
+        engine.submit(prompt)
+    done: dict[str, Generation] = {}
+    while len(done) < len(prompts):
+        done |= {generation.key: generation for generation in engine.step()}
+    return done
+
+
+def worst_errors(capture, reference: Reference) -> dict[str, float]:
+    """Largest relative L2 error of any cell by site. Token by token: an absent cell must be NaN in every site.
+
+    Pooled positions are compared with NumPy's mean and maximum over the reference's rows.
+    """
+    names = capture.coverage.positions
+    samples = capture.samples().to_pylist()
+    stored = {site: capture.read(site, dtype="float32") for site in (*capture.coverage.sites, "embed")}
+    worst = dict.fromkeys(stored, 0.0)
+    for i, sample in enumerate(samples):
+        expected = reference(sample["token_ids"])
+        for p, (name, token) in enumerate(zip(names, sample["token_index"], strict=True)):
+            for site, values in stored.items():
+                found = values[..., p, i, :]
+                if token == -1:
+                    assert np.isnan(found).all(), (site, name)
+                    continue
+                rows = expected[site][list(capture.coverage.layers)] if expected[site].ndim == 3 else expected[site]
+                cell = rows[..., token, :] if token >= 0 else _pool(name, rows, sample, names)
+                worst[site] = max(worst[site], float(relative_error(found, cell).max()))
+    return worst
+
+
+def _pool(name: str, rows: np.ndarray, sample: dict, names: Sequence[str]) -> np.ndarray:
+    """(layer, width). rows : (layer, token, width). By hand, without the code that resolves positions."""
+    how, span = POOLS[name]
+    q, n = sample["prompt_length"], sample["total_length"]
+    if span == "exact_answer":
+        start, last = (sample["token_index"][names.index(f"exact_answer_{edge}")] for edge in ("first", "last"))
+        stop = last + 1
+    else:
+        start, stop = {"prompt": (0, q), "answer": (q, n), "all": (0, n)}[span]
+    part = rows[..., start:stop, :]
+    return part.mean(-2) if how == "mean" else part.max(-2)
+
+
+def assert_greedy(capture, reference: Reference, samples: int | None = None) -> None:
+    """Each answer token is the reference's most probable one, or as good, and has its log-probability."""
+    for sample in capture.samples().to_pylist()[:samples]:
+        ids, q = sample["token_ids"], sample["prompt_length"]
+        logprobs = log_softmax(reference(ids)["logits"][q - 1 : -1])
+        chosen = logprobs[np.arange(len(ids) - q), ids[q:]]
+        assert (logprobs.max(-1) - chosen < 1e-3).all()
+        np.testing.assert_allclose(sample["logprobs"], chosen, atol=1e-3)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Along the last axis, in float64."""
+    logits = logits.astype(np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
