@@ -12,9 +12,12 @@ from hiddenlake.cache.store import files, open_capture
 from hiddenlake.cache.store.verify import verify
 
 
-def start(process, path, samples, shard_samples, seconds=0.0, count=1):
+KINDS = pytest.mark.parametrize("kind", ["cells", "both", "tokens"])
+
+
+def start(process, path, samples, shard_samples, seconds=0.0, count=1, kind="cells"):
     """Writer processes that have imported what they need, and now open the capture at once."""
-    command = [sys.executable, process, path, str(samples), str(shard_samples), str(seconds)]
+    command = [sys.executable, process, path, str(samples), str(shard_samples), str(seconds), kind]
     writers = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
     ]
@@ -32,9 +35,10 @@ def stop(writers):
         writer.stdout.close()
 
 
-def test_three_processes_lose_nothing_and_duplicate_nothing(process, tmp_path, assert_holds):
+@KINDS
+def test_three_processes_lose_nothing_and_duplicate_nothing(process, tmp_path, assert_holds, kind):
     path = tmp_path / "lake" / "numbers"
-    writers = start(process, path, 90, 4, seconds=0.005, count=3)
+    writers = start(process, path, 90, 4, seconds=0.005, count=3, kind=kind)
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]
     stop(writers)
     capture = assert_holds(path, complete=90)
@@ -43,13 +47,14 @@ def test_three_processes_lose_nothing_and_duplicate_nothing(process, tmp_path, a
     assert os.listdir(tmp_path / "lake") == ["numbers"] and os.listdir(path / "writers") == ["lock"]
 
 
-def test_killed_writers_lose_nothing_that_was_committed(process, tmp_path, tiny, assert_holds):
+@KINDS
+def test_killed_writers_lose_nothing_that_was_committed(process, tmp_path, tiny, assert_holds, kind):
     path = tmp_path / "numbers"
     chance = random.Random(0)
     samples, committed = 1500, set()
-    for _ in range(10):
+    for _ in range(7):
         # Two at a time, so that the one that lives meets what the dead one left.
-        writers = start(process, path, samples, 4, seconds=0.0005, count=2)
+        writers = start(process, path, samples, 4, seconds=0.0005, count=2, kind=kind)
         time.sleep(chance.uniform(0, 0.15))
         stop(writers[:1])
         time.sleep(chance.uniform(0, 0.1))
@@ -61,12 +66,49 @@ def test_killed_writers_lose_nothing_that_was_committed(process, tmp_path, tiny,
         committed = set(capture.keys)
     assert 0 < len(committed)
     finish = len(committed) + 30
-    tiny.write(path, finish)
+    tiny.write(path, finish, coverage=tiny.coverage(**tiny.KINDS[kind]))
     capture = assert_holds(path)
     assert committed <= set(capture.keys) and set(capture.keys) >= {tiny.key(i) for i in range(finish)}
     report = verify(path)
     assert report.ok, report.problems
     assert not [name for folder, _, names in os.walk(path) for name in names if name.endswith(".partial")]
+
+
+# The steps that other processes see.
+VISIBLE = ("rename", "link", "unlink")
+
+
+def settings_of(tiny, kind):
+    """Two commits, and several token shards that samples cross."""
+    coverage = tiny.coverage(**tiny.KINDS[kind] | {"sites": ("mlp_out",)})
+    return {"shard_samples": 2, "coverage": coverage} | ({"shard_tokens": (2, 4)} if coverage.tokens else {})
+
+
+@KINDS
+def test_a_process_that_dies_at_any_step_loses_nothing_that_was_committed(tiny, tmp_path, assert_holds, kind):
+    class Dying(Disk):
+        def fail(self):
+            os._exit(3)
+
+    settings = settings_of(tiny, kind)
+    n, died = 0, True
+    while died:
+        n += 1
+        path = tmp_path / str(n)
+        child = os.fork()
+        if child == 0:
+            files.os = Dying(VISIBLE, 0, n)
+            tiny.write(path, 3, **settings)
+            os._exit(0)
+        died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        committed = assert_holds(path).keys if (path / "zarr.json").exists() else []
+        tiny.write(path, 3, **settings)
+        assert set(committed) <= set(assert_holds(path, complete=3).keys)
+        report = verify(path)
+        assert report.ok, (n, report.problems)
+        left = [name for folder, _, names in os.walk(path) for name in names if name.endswith((".partial", ".jsonl"))]
+        assert not left, (n, left)
+    assert n > 25
 
 
 class Disk:
@@ -76,6 +118,9 @@ class Disk:
         self.operations, self.number, self.first, self.last = operations, number, first, last
         self.count = 0
 
+    def fail(self):
+        raise OSError(self.number, os.strerror(self.number))
+
     def __getattr__(self, name):
         call = getattr(os, name)
         if name not in self.operations:
@@ -84,7 +129,7 @@ class Disk:
         def operation(*arguments, **settings):
             self.count += 1
             if self.first <= self.count <= (self.last or self.count):
-                raise OSError(self.number, os.strerror(self.number))
+                self.fail()
             return call(*arguments, **settings)
 
         return operation
@@ -95,18 +140,23 @@ BROKEN = ("write", "fsync", "rename")
 
 
 @pytest.mark.parametrize(("number", "kinds"), [(errno.ENOSPC, FULL), (errno.EIO, BROKEN)], ids=["full", "broken"])
-def test_a_disk_that_fails_at_any_operation_loses_nothing(tiny, tmp_path, monkeypatch, number, kinds, assert_holds):
+@KINDS
+def test_a_disk_that_fails_at_any_operation_loses_nothing(
+    tiny, tmp_path, monkeypatch, number, kinds, assert_holds, kind
+):
     """A full disk stays full, an I/O error strikes once. The run says so, keeps what is committed, and resumes."""
+    settings = settings_of(tiny, kind)
 
     def write(path, disk=os):
         with monkeypatch.context() as patch:
             patch.setattr(files, "os", disk)
-            tiny.write(path, 3, shard_samples=2, coverage=tiny.coverage(sites=("mlp_out",)))
+            tiny.write(path, 3, **settings)
 
     counting = Disk(kinds, number, sys.maxsize)
     write(tmp_path / "counted", counting)
     assert counting.count > 50
-    for n in range(1, counting.count + 1):
+    # What both write is what the others write, so that every third operation will do.
+    for n in range(1, counting.count + 1, 3 if kind == "both" else 1):
         path = tmp_path / str(n)
         with pytest.raises(StoreError, match="disk is full" if number == errno.ENOSPC else "disk reported an error"):
             write(path, Disk(kinds, number, n, n if number == errno.EIO else None))
@@ -159,9 +209,10 @@ def test_a_short_write_is_continued(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == bytes(range(100))
 
 
-def test_readers_see_only_whole_shards_while_others_write(process, tmp_path, assert_holds):
+@KINDS
+def test_readers_see_only_whole_shards_while_others_write(process, tmp_path, assert_holds, kind):
     path = tmp_path / "numbers"
-    (writer,) = start(process, path, 120, 4, seconds=0.002)
+    (writer,) = start(process, path, 120, 4, seconds=0.002, kind=kind)
     sizes = []
     while writer.poll() is None:
         if (path / "zarr.json").exists():

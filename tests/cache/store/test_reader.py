@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hiddenlake.cache.errors import StoreError, UnknownNameError
@@ -28,6 +28,7 @@ def axis(values):
     return st.none() | st.sampled_from(values) | st.lists(st.sampled_from(values), max_size=6)
 
 
+@settings(deadline=None)  # the disk is shared
 @given(st.data())
 def test_any_selection_reads_what_numpy_selects(capture, truth, data):
     c = capture.coverage
