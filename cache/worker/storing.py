@@ -3,6 +3,7 @@
 import queue
 import threading
 import traceback
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,9 @@ class Storing:
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._done: queue.SimpleQueue = queue.SimpleQueue()
         self._submitted = self._reported = 0
-        threading.Thread(target=self._work, name="hiddenlake-storing", daemon=True).start()
+        # while it waits, the thread holds nothing that would keep the ring of a closed engine in this process alive
+        threading.Thread(target=_work, args=(self._jobs, self._done), name="hiddenlake-storing", daemon=True).start()
+        weakref.finalize(self, self._jobs.put, None)
 
     def submit(self, handles: Sequence[dict[str, Any]], placements: Sequence[Placement]) -> None:
         """Start to store. Nothing of these samples is recorded any more."""
@@ -31,7 +34,9 @@ class Storing:
             if book := self.recorder.books.get(placement.key):
                 book.storing = True
         self._submitted += len(placements)
-        self._jobs.put((self.recorder.staging.mark(), handles, placements))
+        mark = self.recorder.staging.mark()
+        for placement in placements:
+            self._jobs.put((self._store, mark, handles, placement))
 
     def done(self, wait: bool) -> list[tuple[str, str | None]]:
         """(key, cause or None) of what has been stored since the last call; of all that was submitted, if asked to wait.
@@ -47,19 +52,20 @@ class Storing:
             found.append((key, cause))
         return found
 
-    def _work(self) -> None:
-        while True:
-            mark, handles, placements = self._jobs.get()
-            for placement in placements:
-                try:
-                    self.recorder.staging.wait(mark)
-                    cause = self._store(handles, placement)
-                except Exception:  # noqa: BLE001 - the sample's cause
-                    cause = f"storing failed in the worker: {traceback.format_exc(limit=3)}"
-                self._done.put((placement.key, cause, placement.done))
-
-    def _store(self, handles: Sequence[dict[str, Any]], placement: Placement) -> str | None:
+    def _store(self, mark: Any, handles: Sequence[dict[str, Any]], placement: Placement) -> str | None:
         recorder, key = self.recorder, placement.key
+        recorder.staging.wait(mark)
         book = recorder.books.get(key)
         pools = None if book is None else book.pools
         return fill(self.table, placement, handles, lambda tokens: recorder.rows(key, tokens), pools, recorder.check)
+
+
+def _work(jobs: queue.SimpleQueue, done: queue.SimpleQueue) -> None:
+    while (job := jobs.get()) is not None:
+        store, *arguments, placement = job
+        try:
+            cause = store(*arguments, placement)
+        except Exception:  # noqa: BLE001 - the sample's cause
+            cause = f"storing failed in the worker: {traceback.format_exc(limit=3)}"
+        done.put((placement.key, cause, placement.done))
+        del job, store

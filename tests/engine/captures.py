@@ -1,5 +1,6 @@
 """Engines in the tests' own process, and every stored cell against a reference."""
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ def running(job: Job) -> Iterator[VllmEngine]:
         yield engine
     finally:
         engine.close()
+        del engine
+        gc.collect()
 
 
 def scheduler_of(engine: VllmEngine):
