@@ -28,7 +28,7 @@ class Storing(Protocol):
 
 
 class Shelf:
-    """One engine and one writer. len : samples that are being stored."""
+    """One engine and one writer. len : samples that are being stored; keys : theirs."""
 
     def __init__(self, engine: Storing, writer: Writer) -> None:
         self.engine, self.writer = engine, writer
@@ -36,6 +36,10 @@ class Shelf:
 
     def __len__(self) -> int:
         return len(self._items)
+
+    @property
+    def keys(self) -> set[str]:
+        return set(self._items)
 
     def place(self, finished: Sequence[tuple[Sample, Placed]]) -> list[Settled]:
         """Give samples their places, and start to store them. Returns what was settled meanwhile."""

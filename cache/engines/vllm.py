@@ -29,9 +29,8 @@ class VllmEngine:
     """An LLMEngine whose workers have the taps, driven step by step. See Engine for the interface."""
 
     def __init__(self, request: Request) -> None:
-        vllm = setup.import_vllm()
+        setup.import_vllm()
         from vllm.lora.request import LoRARequest
-        from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         self._request = request
@@ -74,14 +73,7 @@ class VllmEngine:
         self._tails: dict[str, Generation] = {}
         self._reports = Ranks(self._ranks)
         self._last: set[str] = set()
-        model_config = self._engine.vllm_config.model_config
-        self.provenance = {
-            "engine": "vllm",
-            "vllm": vllm.__version__,
-            "device": "cpu" if current_platform.is_cpu() else current_platform.get_device_name(),
-            "enforce_eager": model_config.enforce_eager,
-            "ranks": self._ranks,
-        }
+        self.provenance = setup.provenance(self._engine.vllm_config)
 
     def check_canary(self, prompt_ids: Sequence[int]) -> None:
         """Send one prompt through, and refuse to go on unless every tap answers for it: see vllm_canary.

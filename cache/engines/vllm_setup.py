@@ -4,7 +4,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -86,12 +86,9 @@ def engine_options(request: Request) -> dict[str, Any]:
         raise BadInputError(f"vLLM has no engine argument {', '.join(unknown)}: see its EngineArgs")
     if ours := sorted(given.keys() & _OURS):
         raise BadInputError(f"vLLM's {', '.join(ours)} is set by hiddenlake: leave it out of the engine options")
-    for name, tested in _TESTED.items():
-        if given.get(name, tested[0]) not in tested:
-            raise CaptureError(f"vLLM's {name}={given[name]} was not tested with capture: leave it at {tested[0]}")
-    method = (given.get("speculative_config") or {}).get("method")
-    if given.get("speculative_config") and method != "ngram":
-        raise CaptureError(f"vLLM's speculative decoding by {method} was not tested with capture: use ngram, or none")
+    _check_tested(given)
+    if given.get("speculative_config"):
+        _check_drafts(given["speculative_config"].get("method"))
     cpu = current_platform.is_cpu()
     # off a CPU, vLLM compiles and captures graphs as shipped
     options = (CPU_OPTIONS if cpu else {"max_num_seqs": 256}) | given
@@ -105,6 +102,45 @@ def engine_options(request: Request) -> dict[str, Any]:
     if request.lora is not None:
         options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(request.lora)}
     return options
+
+
+def check_config(config: Any) -> None:
+    """Raise CaptureError for a VllmConfig that others made and that was not tested with capture."""
+    _check_tested(vars(config.parallel_config))
+    if config.speculative_config is not None:
+        _check_drafts(config.speculative_config.method)
+        if config.use_v2_model_runner:
+            raise CaptureError("speculative decoding was not tested with vLLM's V2 model runner: turn one of them off")
+    if config.model_config.logprobs_mode != "raw_logprobs":
+        raise CaptureError(
+            f"vLLM's logprobs_mode={config.model_config.logprobs_mode} leaves no log-probabilities under the model itself, "
+            f"which are stored: leave it at raw_logprobs"
+        )
+
+
+def _check_tested(given: Mapping[str, Any]) -> None:
+    for name, tested in _TESTED.items():
+        if given.get(name, tested[0]) not in tested:
+            raise CaptureError(f"vLLM's {name}={given[name]} was not tested with capture: leave it at {tested[0]}")
+
+
+def _check_drafts(method: str | None) -> None:
+    if method != "ngram":
+        raise CaptureError(f"vLLM's speculative decoding by {method} was not tested with capture: use ngram, or none")
+
+
+def provenance(config: Any) -> dict[str, Any]:
+    """What is kept with each commit of an engine with this VllmConfig."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    return {
+        "engine": "vllm",
+        "vllm": vllm.__version__,
+        "device": "cpu" if current_platform.is_cpu() else current_platform.get_device_name(),
+        "enforce_eager": config.model_config.enforce_eager,
+        "ranks": config.parallel_config.world_size,
+    }
 
 
 def _lora_rank(folder: str) -> int:

@@ -142,6 +142,40 @@ def capture(
         raise typer.Exit(EXIT_FAILED_SAMPLES)
 
 
+@app.command("vllm")
+def vllm_command(
+    lake: Annotated[Path, typer.Argument(help="The folder of the captures; made if absent.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Hugging Face folder, or hub id.")],
+    sites: Annotated[str, typer.Option(help="Sites to tap, by comma; both dialects of names.")] = "mlp_out",
+    layers: Annotated[str, typer.Option(help="Layers to tap: `all`, or 0-based: 13 or 0,5,10-12.")] = "all",
+    positions: Annotated[
+        str, typer.Option(help="Of a capture whose first request names none.")
+    ] = "last_q,first_answer,-1",
+    max_request_bytes: Annotated[str, typer.Option(help="Most memory that one request's rows may take.")] = "256MiB",
+    ring_bytes: Annotated[str, typer.Option(help="Memory for rows that wait for their answers.")] = "2GiB",
+    buffer_bytes: Annotated[str, typer.Option(help="Memory for the shards that one capture fills and writes.")] = "1GiB",
+    shard_samples: Annotated[int, typer.Option(help="Samples a shard: a publish writes whole ones.")] = 16,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="-- VLLM ARGUMENTS", help="Of vLLM's own server: --port 8000 ...")
+    ] = None,
+) -> None:
+    """Start vLLM's OpenAI server, from which any request may be captured by naming a capture in its vllm_xargs."""
+    from hiddenlake.cache.server.launch import launch
+
+    launch(
+        lake,
+        model,
+        sites=sites.split(","),
+        layers=layers,
+        positions=positions,
+        max_request_bytes=_bytes("--max-request-bytes", max_request_bytes),
+        ring_bytes=_bytes("--ring-bytes", ring_bytes),
+        buffer_bytes=_bytes("--buffer-bytes", buffer_bytes),
+        shard_samples=shard_samples,
+        arguments=arguments or [],
+    )
+
+
 @app.command("ls")
 def ls_command(
     lake: Annotated[Path, typer.Argument(help="A folder of captures.", show_default=False)], as_json: Json = False
