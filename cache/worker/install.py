@@ -14,6 +14,7 @@ from hiddenlake.cache.rows import TapTable, find_fault, tap_table
 from hiddenlake.cache.worker import rows_v1, rows_v2, taps
 from hiddenlake.cache.worker.bits import as_bits
 from hiddenlake.cache.worker.hooks import Embedding
+from hiddenlake.cache.worker.logprobs import install_logprobs
 from hiddenlake.cache.worker.plan import Plan
 from hiddenlake.cache.worker.recorder import Recorder
 from hiddenlake.cache.worker.staging import make_staging
@@ -51,6 +52,8 @@ def install_recorder(worker: Any, plan_json: dict[str, Any]) -> None:
     worker.hiddenlake_table = table
     runner.hiddenlake_family = family
     runner.hiddenlake_recorder = recorder
+    if runner.device.type == "cpu" and not plan.shared and stage.is_last_rank:
+        install_logprobs(runner.sampler)
     if stage.world_size > 1 and not stage.is_first_rank and getattr(runner, "intermediate_tensors", None) is None:
         # vLLM 0.32 makes these in a profiling run that the CPU runner leaves out in eager mode
         runner.intermediate_tensors = model.make_empty_intermediate_tensors(

@@ -33,6 +33,7 @@ class Plan:
     ring_rows : rows of the ring; one holds one token of every tap.
     max_rows : most rows that one step can want; None for every token that it computes.
     spill : folder for rows that the ring has no place for, or None: such samples fail.
+    shared : whether the engine also answers requests that are no capture's, which must not notice it.
     """
 
     sites: tuple[str, ...]
@@ -45,6 +46,7 @@ class Plan:
     ring_rows: int
     max_rows: int | None
     spill: str | None = None
+    shared: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"tokens": None if self.tokens is None else str(self.tokens)}
