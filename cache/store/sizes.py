@@ -2,7 +2,7 @@
 
 from hiddenlake.cache.errors import StoreError
 from hiddenlake.cache.store.coverage import Coverage
-from hiddenlake.cache.store.layout import BUFFERS, Layout
+from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.shard_file import ShardFile
 
 # Below this a read is dominated by its fixed costs; 256 samples of SmolLM2 and 32 of an 8B model reach it.
@@ -25,9 +25,9 @@ def choose_layout(
 ) -> Layout:
     """The layout of a new capture.
 
-    T, and B where there are cells, is the smallest power of two that makes the narrowest site's chunk at least
-    256 KiB. A token shard has as many chunks of tokens as keep every site's file within 64 MiB. B is no larger
-    than the planned samples need. All is made smaller until two buffers of each kind fit in `buffer_bytes`.
+    B, and T, is the smallest power of two that makes the narrowest site's chunk at least 256 KiB. A token shard has
+    as many chunks along the token axis as keep every site's file within 64 MiB. B is no larger than the planned
+    samples need, and than TOKEN_SAMPLES beside tokens. Whichever shard is the larger is made smaller until two buffers of each fit in `buffer_bytes`.
 
     planned : samples.
     shard_samples, shard_tokens : B, and (T, tokens a shard), where they should not be chosen.
@@ -35,29 +35,28 @@ def choose_layout(
     Raises StoreError when not even one sample and one token a shard fit.
     """
     narrowest = min(ShardFile((1,), 1, width, coverage.dtype).row_bytes for width in coverage.widths.values())
-    wanted = _power_of_two(-(-CHUNK_BYTES // narrowest))
-    tokens = (0, 0)
+    rows = _power_of_two(-(-CHUNK_BYTES // narrowest))
+    limits = [rows] * bool(coverage.positions) + [TOKEN_SAMPLES] * bool(coverage.tokens)
+    samples = shard_samples or min(*limits, _power_of_two(max(1, planned)))
+    chunk, chunks = 0, 0
     if coverage.tokens:
-        room = (buffer_bytes // 2 if coverage.positions else buffer_bytes) // BUFFERS
-        tokens = shard_tokens or _shard_tokens(coverage, wanted, room)
-        wanted = min(wanted, TOKEN_SAMPLES)
-    samples = shard_samples or min(wanted, _power_of_two(max(1, planned)))
-    while shard_samples is None and samples > 1 and Layout(coverage, samples, *tokens).buffer_bytes > buffer_bytes:
-        samples //= 2
-    layout = Layout(coverage, samples, *tokens)
+        chunk, chunks = shard_tokens or (rows, 0)
+        largest = max(file.size for file in Layout(coverage, 1, chunk, chunk).token_files.values())
+        chunks = chunks // chunk or TOKEN_FILE_BYTES // largest or 1
+    while True:
+        layout = Layout(coverage, samples, chunk, chunk * chunks)
+        smaller_samples = shard_samples is None and samples > 1 and bool(layout.files)
+        smaller_tokens = shard_tokens is None and chunk * chunks > 1
+        if layout.buffer_bytes <= buffer_bytes or not (smaller_samples or smaller_tokens):
+            break
+        if smaller_samples and not (smaller_tokens and layout.token_shard_bytes > layout.shard_bytes):
+            samples //= 2
+        elif chunks > 1:
+            chunks //= 2
+        else:
+            chunk //= 2
     check_buffers(layout, buffer_bytes)
     return layout
-
-
-def _shard_tokens(coverage: Coverage, chunk: int, room: int) -> tuple[int, int]:
-    """(T, tokens a shard) of token shards that take at most `room` bytes, if even one token's does."""
-    while True:
-        one = Layout(coverage, 1, chunk, chunk)
-        largest = max(file.size for file in one.token_files.values())
-        chunks = min(TOKEN_FILE_BYTES // largest or 1, room // one.token_shard_bytes)
-        if chunks or chunk == 1:
-            return chunk, chunk * max(1, chunks)
-        chunk //= 2
 
 
 def check_buffers(layout: Layout, buffer_bytes: int) -> None:

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from hiddenlake.cache.errors import StoreError
+from hiddenlake.cache.positions import Tokens
 from hiddenlake.cache.samples import Failure
 from hiddenlake.cache.store import open_capture
 from hiddenlake.cache.store.catalog import describe, list_captures
@@ -33,6 +34,18 @@ def test_captures_are_listed_by_name_and_nothing_else_is(lake):
     json.dumps([a, b])
 
 
+def test_tokens_are_listed(tiny, tmp_path):
+    tiny.write(tmp_path / "c", 6, coverage=tiny.coverage(positions=(), tokens=Tokens("all_generated", 2)))
+    (entry,) = list_captures(tmp_path)
+    assert (entry["tokens"], entry["positions"], entry["samples"]) == ("all_generated/2", 0, 6)
+    assert entry["bytes"] == sum(
+        file.stat().st_size
+        for folder in ("tokens", "row_crc", "samples")
+        for file in (tmp_path / "c" / folder).rglob("*")
+        if file.is_file() and file.name != "zarr.json" and file.parent.name not in ("sample_start", "sample_length")
+    )
+
+
 @pytest.mark.parametrize("damage", ["zarr.json", "commits/0.json"])
 def test_a_broken_capture_is_listed_with_its_error(lake, damage):
     (lake / "b" / damage).write_text("{")
@@ -48,6 +61,7 @@ def test_a_lake_that_does_not_exist_is_an_error(tmp_path):
 
 def test_describe_says_everything_as_json(lake, tiny):
     facts = describe(open_capture(lake / "a"))
+    assert facts["tokens"] is None
     assert facts["identity"] == tiny.IDENTITY and facts["provenance"] == [{"host": "test"}]
     assert facts["layers"] == [0, 2, 5] and facts["positions"] == list(tiny.POSITIONS)
     assert facts["failure_causes"] == {"not finite": 1} and facts["verified"] is None

@@ -11,7 +11,6 @@ from hiddenlake.cache.errors import StoreError
 from hiddenlake.cache.store import files, open_capture
 from hiddenlake.cache.store.verify import verify
 
-
 KINDS = pytest.mark.parametrize("kind", ["cells", "both", "tokens"])
 
 
