@@ -137,11 +137,13 @@ def run_job(
 ) -> Summary:
     """Capture what a job has left to do. See `capture`.
 
-    engine : a name, or an engine that `start_engine` made for this job's request, which is left running.
+    engine : a name, or an engine that `start_engine` made for this request or a like one, which is left running.
     """
     watcher = watcher or Watcher()
     if isinstance(engine, str) and engine not in ENGINES:
         raise BadInputError(f"engine {engine!r} does not exist: expected {' or '.join(ENGINES)}")
+    if not isinstance(engine, str):
+        engine.request.check_serves(job.request)
     out = Path(out)
     planned = len(job.prompts) + len(job.too_long)
     with open_writer(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.identity import Decoding
 from hiddenlake.cache.model import Model
 from hiddenlake.cache.positions import Tokens, wanted
@@ -56,13 +57,40 @@ class Request:
         answer = self.decoding.max_new_tokens or None
         return self.rows(self.max_length, None if answer else self.max_length)
 
+    def check_serves(self, other: "Request") -> None:
+        """Raise BadInputError where an engine that was started for this request would give other values for another."""
+        ours, theirs = self._values(), other._values()
+        if differing := [f"{name} {ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs[name]]:
+            raise BadInputError(
+                f"the engine was started for another request ({'; '.join(differing)}): start one for this job's request"
+            )
+        if other.max_length > self.max_length:
+            raise BadInputError(
+                f"the engine was started for sequences of up to {self.max_length} tokens, this job needs "
+                f"{other.max_length}: start one for this job's request"
+            )
+
+    def _values(self) -> dict[str, Any]:
+        return {
+            "weights": self.model.weights,
+            "dtype": self.model.dtype,
+            "sites": self.sites,
+            "layers": self.layers,
+            "positions": self.positions,
+            "tokens": self.tokens,
+            "decoding": self.decoding,
+            "lora": self.lora,
+        }
+
 
 class Engine(Protocol):
     """An engine with its taps in place.
 
+    request : what it was started for.
     provenance : engine, versions and device, stored with every commit; not part of the value identity.
     """
 
+    request: Request
     provenance: dict[str, Any]
 
     def has_room(self, prompt: Prompt) -> bool:

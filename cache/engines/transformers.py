@@ -35,7 +35,7 @@ class TransformersEngine:
         if unknown := sorted(request.options.keys() - {"batch_size"}):
             raise BadInputError(f"the transformers engine has no option {', '.join(unknown)}: it has batch_size")
         model = request.model
-        self._request = request
+        self.request = request
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
             model.path, dtype=getattr(torch, model.dtype), attn_implementation=model.family.attention
@@ -71,7 +71,7 @@ class TransformersEngine:
         if not queue:
             return []
         prompts = [prompt for prompt, _ in queue]
-        sampling = self._request.decoding.sampling
+        sampling = self.request.decoding.sampling
         if prompts[0].given is not None:
             answers = [list(prompt.given) for prompt in prompts]
         elif sampling.greedy:
@@ -103,28 +103,28 @@ class TransformersEngine:
     def _generation(self, prompt: Prompt, answer: list[int], logprobs: list[float]) -> Generation:
         reason, text = "given", None
         if prompt.given is None:
-            reason = "stop" if answer[-1] in self._request.model.end_ids else "length"
-            stops = self._request.decoding.sampling.stop
-            shown = self._request.model.decode_answer(answer)
+            reason = "stop" if answer[-1] in self.request.model.end_ids else "length"
+            stops = self.request.decoding.sampling.stop
+            shown = self.request.model.decode_answer(answer)
             if ends := [shown.index(stop) for stop in stops if stop in shown]:
                 reason, text = "stop", shown[: min(ends)]
         return Generation(prompt.key, tuple(answer), tuple(logprobs), reason, text)
 
     def _wanted(self, q: int, n: int) -> list[int]:
         """Token indices that some position may mean: no more than the ring was sized for."""
-        want = positions.wanted(self._request.positions, self._request.tokens, q)
+        want = positions.wanted(self.request.positions, self.request.tokens, q)
         answer = range(q, n) if want.answer is None else [q + k for k in want.answer if q + k < n]
         return [*want.prompt, *answer]
 
     def _pools(self, q: int) -> tuple[str, ...]:
-        return positions.wanted(self._request.positions, self._request.tokens, q).pools
+        return positions.wanted(self.request.positions, self.request.tokens, q).pools
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Answers, end-of-sequence token included."""
         import torch
         from transformers import GenerationConfig
 
-        decoding = self._request.decoding
+        decoding = self.request.decoding
         sampling = decoding.sampling
         sampled: dict[str, Any] = {"do_sample": False}
         if not sampling.greedy:
@@ -134,7 +134,7 @@ class TransformersEngine:
                 "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
             }  # fmt: skip
 
-        model = self._request.model
+        model = self.request.model
         # any id pads: the mask hides it
         pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else model.end_ids[0]
         width = max(len(p.token_ids) for p in prompts)
@@ -166,8 +166,8 @@ class TransformersEngine:
 
     def _until_stop(self, answer: list[int]) -> list[int]:
         """The answer up to the token that completes a stop string; a batch goes on until its last answer stops."""
-        stops = self._request.decoding.sampling.stop
-        decode = self._request.model.decode_answer
+        stops = self.request.decoding.sampling.stop
+        decode = self.request.model.decode_answer
         for n in range(1, len(answer) + 1) if stops else ():
             if any(stop in decode(answer[:n]) for stop in stops):
                 return answer[:n]
@@ -188,7 +188,7 @@ class TransformersEngine:
         from hiddenlake.cache.worker.bits import as_bits
         from hiddenlake.kernels.gather import gather_rows
 
-        request = self._request
+        request = self.request
         lengths = [len(s) for s in sequences]
         width = max(lengths)
         # padded on the right, where causal attention never looks
@@ -247,7 +247,7 @@ class TransformersEngine:
         """See find_fault."""
         from hiddenlake.cache.worker.bits import as_bits
 
-        embed = modules.embed(self._model, self._request.model.family, list(ids), list(tokens))
+        embed = modules.embed(self._model, self.request.model.family, list(ids), list(tokens))
         return find_fault(self.table, rows, as_bits(embed.cpu()))
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        self._request = request
+        self.request = request
         options = setup.engine_options(request)
         budget, rows = request.ring_bytes // request.row_bytes, request.rows_per_sample
         want = wanted(request.positions, request.tokens, request.max_length)
@@ -87,7 +87,7 @@ class VllmEngine:
             finished = self.step()
         answer = finished[0]
         reports = self._call("hiddenlake_canary", *canary_arguments(ids, answer.answer_ids))
-        judge_canary(reports, answer.logprobs[0], self._request.model.dtype)
+        judge_canary(reports, answer.logprobs[0], self.request.model.dtype)
         self._call("hiddenlake_drop", [CANARY])
 
     def has_room(self, prompt: Prompt) -> bool:
@@ -96,7 +96,7 @@ class VllmEngine:
         return sum(self._reserved.values()) + self._rows(prompt) <= self._ring_rows
 
     def _rows(self, prompt: Prompt) -> int:
-        return self._request.rows(len(prompt.token_ids), None if prompt.given is None else len(prompt.given))
+        return self.request.rows(len(prompt.token_ids), None if prompt.given is None else len(prompt.given))
 
     def submit(self, prompt: Prompt, tokens: Sequence[int] | None = None) -> None:
         params = self._sampling.clone()
@@ -109,9 +109,9 @@ class VllmEngine:
             params.prompt_logprobs = 0 if prompt.given else None
             ids += prompt.given
         else:
-            want = wanted(self._request.positions, self._request.tokens, q)
+            want = wanted(self.request.positions, self.request.tokens, q)
             params.extra_args[LAST_TOKEN_ARG] = int(want.last)
-            params.seed = self._request.decoding.sampling.seed_of(prompt.question.index, prompt.sample_index)
+            params.seed = self.request.decoding.sampling.seed_of(prompt.question.index, prompt.sample_index)
         self._engine.add_request(prompt.key, {"prompt_token_ids": ids}, params, lora_request=self._lora)
         self._reserved[prompt.key] = self._rows(prompt) if tokens is None else len(tokens)
         self._prompts[prompt.key] = prompt
@@ -151,8 +151,8 @@ class VllmEngine:
         """Whether the last token behind a stop string is being fed: the request itself ended without it."""
         prompt = self._prompts[generation.key]
         ids = [*prompt.token_ids, *generation.answer_ids]
-        want = wanted(self._request.positions, self._request.tokens, len(prompt.token_ids))
-        if not want.last or len(ids) == self._request.model.context:  # no position is left to feed it at
+        want = wanted(self.request.positions, self.request.tokens, len(prompt.token_ids))
+        if not want.last or len(ids) == self.request.model.context:  # no position is left to feed it at
             return False
         params = self._sampling.clone()
         params.max_tokens, params.logprobs, params.stop, params.detokenize = 1, None, [], False

@@ -96,12 +96,25 @@ def engine_options(request: Request) -> dict[str, Any]:
     # a captured request never reads the prefix cache; only what feeds a last token behind a stop string does
     options.setdefault("enable_prefix_caching", bool(sampling.stop))
     if cpu and not sampling.greedy:
-        # vLLM 0.32 rewinds a seeded generator behind a partial prefill, which CPU generators cannot
-        options |= {"enable_chunked_prefill": False}
-        options.setdefault("max_num_batched_tokens", max(4096, request.max_length + 1))
+        options |= _whole_prompts(request)
     if request.lora is not None:
         options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(request.lora)}
     return options
+
+
+def _whole_prompts(request: Request) -> dict[str, Any]:
+    """vLLM 0.32 rewinds a seeded generator behind a part of a prompt, which CPU generators cannot."""
+    longest = min(request.model.context, request.max_length + 1)
+    budget = request.options.get("max_num_batched_tokens", max(4096, longest))
+    why = "on a CPU, vLLM cannot take the prompts of sampled answers in parts"
+    if request.options.get("enable_chunked_prefill"):
+        raise CaptureError(f"vLLM's enable_chunked_prefill=True: {why}; leave it out")
+    if budget < longest:
+        raise CaptureError(
+            f"vLLM's max_num_batched_tokens={budget} is less than the longest sequence, {longest} tokens: {why}; leave "
+            f"it out, or raise it"
+        )
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": budget}
 
 
 def check_config(config: Any) -> None:

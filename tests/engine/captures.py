@@ -110,14 +110,14 @@ def _pool(name: str, rows: np.ndarray, sample: dict, names: Sequence[str]) -> np
 def assert_greedy(capture, reference: Reference, samples: int | None = None) -> None:
     """Each answer token is the reference's most probable one, or as good, and has its log-probability."""
     for sample in capture.samples().to_pylist()[:samples]:
-        ids, q = sample["token_ids"], sample["prompt_length"]
-        logprobs = log_softmax(reference(ids)["logits"][q - 1 : -1])
-        chosen = logprobs[np.arange(len(ids) - q), ids[q:]]
-        assert (logprobs.max(-1) - chosen < 1e-3).all()
+        best, chosen = logprobs_of(sample, reference)
+        assert (best - chosen < 1e-3).all()
         np.testing.assert_allclose(sample["logprobs"], chosen, atol=1e-3)
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Along the last axis, in float64."""
-    logits = logits.astype(np.float64)
-    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+def logprobs_of(sample: dict, reference: Reference) -> tuple[np.ndarray, np.ndarray]:
+    """(answer token,) log-probability of the most probable token, and of the answer's."""
+    ids, q = sample["token_ids"], sample["prompt_length"]
+    logits = reference(ids)["logits"][q - 1 : -1].astype(np.float64)
+    logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    return logprobs.max(-1), logprobs[np.arange(len(ids) - q), ids[q:]]
