@@ -59,7 +59,8 @@ def judge_canary(reports: Sequence[dict[str, Any]], logprob: float, dtype: str) 
     if not abs(found - logprob) <= _TOLERANCE[dtype]:
         raise CaptureError(
             f"{refused}: the stream behind the last layer gives the first answer token the log-probability "
-            f"{found:.4f}, the engine {logprob:.4f}; this vLLM lays its batches out differently than the tested {tested}"
+            f"{found:.4f}, the engine {logprob:.4f}; this vLLM lays its batches out differently than the tested "
+            f"{tested}"
         )
     if not all(report["last"] for report in reports):
         raise CaptureError(

@@ -6,14 +6,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from hiddenlake.cache.errors import CaptureError
 from hiddenlake.cache.placing import Placed, make_sample
 from hiddenlake.cache.samples import Failure, Generation, Judgement, Prompt, Question, Sample, token_checksum
+from hiddenlake.cache.server.answers import Answers
 from hiddenlake.cache.server.intake import Offer, Ticket
 from hiddenlake.cache.server.states import States
 from hiddenlake.cache.server.workers import Workers
 from hiddenlake.cache.shelf import Settled, Shelf
 from hiddenlake.cache.store.commits import list_commits, read_commit
+from hiddenlake.cache.store.coverage import Coverage
 from hiddenlake.cache.store.writer import Writer, open_writer
 
 # A published shard is a whole shard on disk, however few samples are in it; a client waits for its publishing.
@@ -30,8 +31,8 @@ Judge = Callable[[str, str], Judgement]
 class _Open:
     """A capture that is being written.
 
-    row : number of the next request.  added : keys that are not committed yet.  since : when the first of them came.
-    used : when it was used last.
+    row : of its first request since the start.  used : when it was used last.
+    added : keys that are not committed yet.  since : when the first of them came.
     """
 
     name: str
@@ -58,23 +59,21 @@ class Collector:
         self._workers = workers
         self._judge = judge
         self._captures: dict[str, _Open] = {}
+        self._rows: dict[str, int] = {}
 
-    def finish(self, ticket: Ticket, generations: Sequence[Generation]) -> None:
-        """A request has ended: store its samples.
+    def open(self, name: str, coverage: Coverage) -> None:
+        """Open a capture, or create it, before its first sample comes. Raises StoreError, IdentityError."""
+        self._open(name, coverage)
 
-        generations : one an answer, with the ticket's keys.
-        """
-        with self._guard(ticket.capture, ticket.keys):
-            capture = self._open(ticket)
-            finished = []
-            for i, generation in enumerate(generations):
-                try:
-                    finished.append(self._sample(ticket, generation, capture.row, i))
-                except Exception as error:  # noqa: BLE001 - of one sample, perhaps the judge's
-                    self.drop([generation.key], f"{type(error).__name__}: {error}")
-            capture.writer.reserve([sample.key for sample, _ in finished], len(finished))
-            capture.row += 1
-            self._settle(capture, capture.shelf.place(finished))
+    def finish(self, ended: Sequence[Answers]) -> None:
+        """Requests have ended: store their samples."""
+        for name in dict.fromkeys(answers.ticket.capture for answers in ended):
+            mine = [answers for answers in ended if answers.ticket.capture == name]
+            with self._guard(name, [key for answers in mine for key in answers.ticket.keys]):
+                capture = self._open(name, mine[0].ticket.coverage)
+                finished = [sample for answers in mine for sample in self._samples(capture, answers)]
+                capture.writer.reserve([sample.key for sample, _ in finished], len(finished))
+                self._settle(capture, capture.shelf.place(finished))
 
     def drop(self, keys: Sequence[str], cause: str) -> None:
         """A request has ended without its answers: forget its rows."""
@@ -106,35 +105,49 @@ class Collector:
         for name in list(self._captures):
             self._close(name)
 
+    def _samples(self, capture: _Open, answers: Answers) -> list[tuple[Sample, Placed]]:
+        """Those of a request that can be stored. They share its row."""
+        finished = []
+        row = capture.row + answers.ticket.number
+        for i, key in enumerate(answers.ticket.keys):
+            try:
+                finished.append(self._sample(answers.ticket, answers.generation(i), row, i))
+            except Exception as error:  # noqa: BLE001 - of one sample, perhaps the judge's
+                self.drop([key], f"{type(error).__name__}: {error}")
+        return finished
+
     def _sample(self, ticket: Ticket, generation: Generation, row: int, i: int) -> tuple[Sample, Placed]:
-        if generation.finish_reason in ("abort", "error"):
-            raise CaptureError(f"the answer was not finished: vLLM ended it with {generation.finish_reason!r}")
-        text = self.offer.model.decode(ticket.prompt_ids)
+        model = self.offer.model
+        text = model.decode(ticket.prompt_ids)
         # answers to one prompt never lie on both sides of a split
         question = Question(row, text, (), group=token_checksum(ticket.prompt_ids))
         prompt = Prompt(generation.key, question, i, text, ticket.prompt_ids)
-        judgement = self._judge(text, generation.text) if self._judge else Judgement(None, None)
-        return make_sample(self.offer.model, ticket.coverage, prompt, generation, generation.text, judgement)
+        answer = generation.text
+        if answer is None:
+            answer = model.decode_answer(generation.answer_ids)
+        judgement = self._judge(text, answer) if self._judge else Judgement(None, None)
+        return make_sample(model, ticket.coverage, prompt, generation, answer, judgement)
 
-    def _open(self, ticket: Ticket) -> _Open:
-        capture = self._captures.get(ticket.capture)
+    def _open(self, name: str, coverage: Coverage) -> _Open:
+        capture = self._captures.get(name)
         if capture is None:
             while len(self._captures) >= _OPEN_CAPTURES:
                 self._close(min(self._captures.values(), key=lambda capture: capture.used).name)
-            path = self.offer.lake / ticket.capture
+            path = self.offer.lake / name
             writer = open_writer(
                 path,
                 identity=self._identity,
-                coverage=ticket.coverage,
+                coverage=coverage,
                 provenance=self._provenance,
                 planned=0,
                 buffer_bytes=self.offer.buffer_bytes,
                 shard_samples=self.offer.shard_samples,
             )
-            orders = [order for shard in list_commits(path) for order in read_commit(path, shard).order if order]
-            row = max((index for index, _ in orders), default=-1) + 1
-            capture = _Open(ticket.capture, writer, Shelf(self._workers.port(), writer), row)
-            self._captures[ticket.capture] = capture
+            if name not in self._rows:
+                orders = [order for shard in list_commits(path) for order in read_commit(path, shard).order if order]
+                self._rows[name] = max((index for index, _ in orders), default=-1) + 1
+            shelf = Shelf(self._workers.port(), writer)
+            capture = self._captures[name] = _Open(name, writer, shelf, self._rows[name])
         capture.used = time.monotonic()
         return capture
 

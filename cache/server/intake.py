@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Offer:
     positions : of a capture whose first request names none.
     judged : whether exact answers are found in the answers.
     row_bytes : of one token's row of every tap.
-    max_request_bytes : most host memory that the rows of one request may take.
+    max_request_bytes : most host memory that the rows of one request may take, or None.
     buffer_bytes, shard_samples : of each capture, as open_writer's.
     rules : name and version of the judge, for the value identity.
     """
@@ -49,7 +50,7 @@ class Offer:
     layers: tuple[int, ...]
     positions: tuple[str, ...]
     row_bytes: int
-    max_request_bytes: int
+    max_request_bytes: int | None
     buffer_bytes: int
     shard_samples: int
     rules: str | None = None
@@ -75,12 +76,14 @@ class Offer:
 class Ticket:
     """One request that will be captured.
 
+    number : how many requests came before it to this capture, since the start.
     keys : of its samples, in the order of its answers.
     last : whether the last token of an answer may be meant by some position.
     """
 
     capture: str
     coverage: Coverage
+    number: int
     keys: tuple[str, ...]
     prompt_ids: tuple[int, ...]
     last: bool
@@ -111,6 +114,7 @@ class Intake:
         self.offer = offer
         self.identity = offer.identity
         self._known: dict[str, tuple[dict[str, Any], Coverage]] = {}
+        self._numbers: Counter[str] = Counter()
 
     def asks(self, extra_args: Mapping[str, Any] | None) -> bool:
         """Whether a request's extra arguments speak of a capture at all."""
@@ -125,21 +129,29 @@ class Intake:
 
         Raises BadInputError, UnknownNameError, StoreError.
         """
-        name = self._name(extra_args)
-        coverage = self._coverage(name, extra_args)
+        name, coverage = self.coverage(extra_args)
         q = len(prompt_ids)
         room = max(1, self.offer.model.context - q)
         want = wanted(coverage.positions, coverage.tokens, q)
-        rows = answers * (len(want.prompt) + want.answer_rows(min(room, max_tokens or room)))
-        if rows * self.offer.row_bytes > self.offer.max_request_bytes:
+        size = self.offer.row_bytes * answers * (len(want.prompt) + want.answer_rows(min(room, max_tokens or room)))
+        if self.offer.max_request_bytes is not None and size > self.offer.max_request_bytes:
             raise BadInputError(
-                f"{rows} rows of {self.offer.row_bytes} bytes may have to wait for this request, "
-                f"{rows * self.offer.row_bytes} in all, but one request may take {self.offer.max_request_bytes}: ask for "
-                f"fewer positions, tokens or answers"
+                f"up to {size} bytes would have to wait for this request, but one may take "
+                f"{self.offer.max_request_bytes}: ask for fewer positions, tokens or answers"
             )
         request = uuid.uuid4().hex
         keys = tuple(sample_key(self.identity, prompt_ids, request, i) for i in range(answers))
-        return Ticket(name, coverage, keys, tuple(prompt_ids), want.last)
+        number = self._numbers[name]
+        self._numbers[name] += 1
+        return Ticket(name, coverage, number, keys, tuple(prompt_ids), want.last)
+
+    def coverage(self, extra_args: Mapping[str, Any]) -> tuple[str, Coverage]:
+        """The capture's name, and what it holds: that is also what its next requests must ask for.
+
+        Raises BadInputError, UnknownNameError, StoreError.
+        """
+        name = self._name(extra_args)
+        return name, self._coverage(name, extra_args)
 
     def _name(self, extra_args: Mapping[str, Any]) -> str:
         if unknown := sorted(name for name in extra_args if name.startswith(PREFIX) and name not in ARGS):
@@ -147,13 +159,13 @@ class Intake:
         name = extra_args.get(CAPTURE)
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise BadInputError(
-                f"{CAPTURE} must name a capture with up to 128 letters, digits, dots, underscores and hyphens, not starting "
-                f"with a dot"
+                f"{CAPTURE} must name a capture: up to 128 letters, digits, dots, underscores and hyphens, and no dot at "
+                f"the start"
             )
         return name
 
     def _coverage(self, name: str, extra_args: Mapping[str, Any]) -> Coverage:
-        """What the request asks for, which must be what the capture holds, if there is one, and fit its buffers, if not."""
+        """What the request asks for: what the capture holds, or, where there is none yet, what fits its buffers."""
         known = self._known.get(name)
         path = self.offer.lake / name
         if known is None and is_capture(path):

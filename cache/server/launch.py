@@ -17,9 +17,6 @@ PLUGIN = "hiddenlake"
 # Entry points that vLLM loads all of, unless VLLM_PLUGINS names some.
 _GROUPS = ("vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
 
-# vLLM's own arguments that would make the stored activations those of another model than the value identity says.
-_ANOTHER_MODEL = ("revision", "tokenizer", "tokenizer_revision", "hf_overrides", "quantization", "hf_config_path")
-
 
 def launch(
     lake: Path,
@@ -86,14 +83,13 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(list(arguments))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    for name in _ANOTHER_MODEL:
-        if getattr(args, name, None):
-            raise BadInputError(f"vLLM's --{name.replace('_', '-')} cannot be used with capture: pass a model's folder instead")
     for name, ours in TAP_ARGUMENTS.items():
         if getattr(args, name):
             raise BadInputError(f"vLLM's --{name.replace('_', '-')} is set to {ours} by hiddenlake: leave it out")
     if (args.api_server_count or 1) != 1:
-        raise BadInputError(f"vLLM's --api-server-count {args.api_server_count} was not tested with capture: leave it at 1")
+        raise BadInputError(
+            f"vLLM's --api-server-count {args.api_server_count} was not tested with capture: leave it at 1"
+        )
     return args
 
 

@@ -47,14 +47,18 @@ async def facts(request: Request) -> dict[str, Any]:
 
 
 @router.get("/samples/{key}")
-async def sample(request: Request, key: _Key, wait: Annotated[float, Query(ge=0, le=_LONGEST_WAIT)] = 0) -> dict[str, Any]:
+async def sample(
+    request: Request, key: _Key, wait: Annotated[float, Query(ge=0, le=_LONGEST_WAIT)] = 0
+) -> dict[str, Any]:
     """{"state": "pending" | "committed" | "failed", "cause": why it failed, "capture": its name}.
 
     wait : seconds after which a pending sample is reported as such.
     """
     found = await _service(request).state(key, wait)
     if found is None:
-        raise HTTPException(404, f"sample {key} is not known: it was never asked for here, or was lost with an earlier server")
+        raise HTTPException(
+            404, f"sample {key} is not known: it was never asked for here, or was lost with an earlier server"
+        )
     return {"key": key, **asdict(found)}
 
 

@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -21,6 +21,8 @@ _TICK_SECONDS = 0.02
 
 # How long a server that shuts down waits for its last samples.
 _CLOSE_SECONDS = 30.0
+
+_CLOSED = "the server was shutting down"
 
 _Generate = Callable[..., AsyncIterator[Any]]
 
@@ -39,6 +41,7 @@ class Service:
         self._thread = ThreadPoolExecutor(1, "hiddenlake-collector")
         self._reader = ThreadPoolExecutor(1, "hiddenlake-committed")
         self._busy = asyncio.Event()
+        self._ended: list[Answers] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._start(self._tick())
 
@@ -56,7 +59,9 @@ class Service:
         if not isinstance(prompt, dict) or prompt.get("type") != "token":
             raise VLLMValidationError("only prompts of text or token ids can be captured", parameter="vllm_xargs")
         if lora is not None:
-            raise VLLMValidationError("answers with an adapter cannot be captured from a server", parameter="vllm_xargs")
+            raise VLLMValidationError(
+                "answers with an adapter cannot be captured from a server", parameter="vllm_xargs"
+            )
         return self.intake.ticket(params.extra_args, prompt["prompt_token_ids"], params.n, params.max_tokens)
 
     async def _follow(
@@ -75,7 +80,8 @@ class Service:
                     yield output
         finally:
             if not finished:  # after vLLM's own abort, so that no row of it comes behind
-                self._do(self.collector.drop, ticket.keys, "the request ended before its answer did: it was aborted or refused")
+                with suppress(RuntimeError):  # the server is shutting down
+                    self._thread.submit(self.collector.drop, ticket.keys, "the request ended before its answer did")
 
     def _finish(self, answers: Answers) -> None:
         unfed = answers.unfed(self.intake.offer.model.context, feeds_last=True)
@@ -95,8 +101,18 @@ class Service:
         self._store(answers)
 
     def _store(self, answers: Answers) -> None:
-        self._do(self.collector.finish, answers.ticket, answers.generations())
+        self._ended.append(answers)
+        try:
+            self._thread.submit(self._store_ended)
+        except RuntimeError:
+            self.states.fail(answers.ticket.keys, _CLOSED)
         self._busy.set()
+
+    def _store_ended(self) -> None:
+        """In the collector's thread: all that has ended by now, in one go."""
+        ended, self._ended = self._ended, []
+        if ended:
+            self.collector.finish(ended)
 
     async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
@@ -107,20 +123,13 @@ class Service:
                 self._busy.set()
             await asyncio.sleep(_TICK_SECONDS)
 
-    def _do(self, job: Callable[..., None], *arguments: Any) -> None:
-        try:
-            self._thread.submit(job, *arguments)
-        except RuntimeError:  # the server is shutting down
-            keys = arguments[0].keys if isinstance(arguments[0], Ticket) else arguments[0]
-            self.states.fail(keys, "the server was shutting down")
-
     def _start(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)  # the loop itself keeps weak references only
         task.add_done_callback(self._tasks.discard)
 
     async def state(self, key: str, wait: float) -> State | None:
-        """Of one sample, once it is no longer pending or `wait` seconds are over. None where no such sample is known."""
+        """Of one sample, once it is no longer pending or `wait` seconds are over. None where it is not known."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + wait
         found = self.states.get(key)

@@ -7,10 +7,10 @@ from typing import Any
 
 from hiddenlake.cache.engines.vllm_canary import canary_arguments, canary_params, judge_canary
 from hiddenlake.cache.engines.vllm_setup import check_config, provenance
-from hiddenlake.cache.errors import CaptureError
 from hiddenlake.cache.server.collector import Collector
 from hiddenlake.cache.server.intake import Intake, Offer
 from hiddenlake.cache.server.service import Service
+from hiddenlake.cache.server.taps import check_ring, served_model
 from hiddenlake.cache.server.workers import Workers
 from hiddenlake.cache.worker.plan import CANARY
 from hiddenlake.cache.worker.plugin import CONFIG_KEY
@@ -26,13 +26,8 @@ async def start_service(engine: Any, offer: Offer) -> Service:
     """Put a service in front of an AsyncLLM. Raises CaptureError when its taps may not be trusted."""
     config = engine.vllm_config
     check_config(config)
-    ring_rows, step = config.additional_config[CONFIG_KEY]["ring_rows"], config.scheduler_config.max_num_batched_tokens
-    if ring_rows < step:
-        raise CaptureError(
-            f"--ring-bytes holds {ring_rows} rows of {offer.row_bytes} bytes, but one step may compute {step}: allow "
-            f"{step * offer.row_bytes} bytes, lower --max-num-batched-tokens, or tap fewer sites or layers"
-        )
-    offer = replace(offer, model=replace(offer.model, context=config.model_config.max_model_len))
+    check_ring(config, config.additional_config[CONFIG_KEY]["ring_rows"], offer.row_bytes)
+    offer = replace(offer, model=served_model(offer.model, config))
     await _check_canary(engine, offer)
     loop = asyncio.get_running_loop()
 

@@ -70,6 +70,11 @@ class States:
         with self._lock:
             return self._states.get(key)
 
+    def failures(self) -> dict[str, str]:
+        """key -> cause of what has failed."""
+        with self._lock:
+            return {key: state.cause or "" for key, state in self._states.items() if state.state == "failed"}
+
     def of_request(self, name: str) -> list[Asked]:
         """What was asked under this id, in the order of arrival."""
         with self._lock:

@@ -9,7 +9,10 @@ CONFIG_KEY = "hiddenlake"
 
 
 def register() -> None:
-    """Wrap the worker's load_model once: taps must be in the model before it is compiled or graph-captured."""
+    """Wrap the worker's load_model once: taps must be in the model before it is compiled or graph-captured.
+
+    The worker also gets one verb, for an engine that runs eagerly and was started without taps.
+    """
     from vllm.v1.worker.gpu_worker import Worker
 
     if getattr(Worker, "_hiddenlake_registered", False):
@@ -26,4 +29,12 @@ def register() -> None:
             install_recorder(self, additional[CONFIG_KEY])
         return result
 
+    def hiddenlake_tap(self: Any, plan: dict[str, Any]) -> None:
+        from hiddenlake.cache.worker.extension import CaptureExtension
+        from hiddenlake.cache.worker.install import install_recorder
+
+        install_recorder(self, plan)
+        self.__class__ = type(type(self).__name__, (CaptureExtension, type(self)), {})
+
     Worker.load_model = load_model_with_taps
+    Worker.hiddenlake_tap = hiddenlake_tap

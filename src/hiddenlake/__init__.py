@@ -20,6 +20,8 @@ __version__ = "0.1.0"
 register_when_zarr_is_imported()
 
 _WHERE = {
+    "attach": "hiddenlake.cache.attach",
+    "taps": "hiddenlake.cache.attach",
     "open_capture": "hiddenlake.cache.store.reader",
     "fit_probes": "hiddenlake.probing.fit",
     "fit_grid": "hiddenlake.probing.grid",
