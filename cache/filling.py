@@ -38,7 +38,9 @@ def fill(
 
     def checked(tokens: Sequence[int]) -> np.ndarray:
         found = rows(tokens)
-        fault = found if isinstance(found, str) else check([placement.token_ids[t] for t in tokens], tokens, found)
+        if isinstance(found, str):
+            raise _Fault(found)
+        fault = check([placement.token_ids[t] for t in tokens], tokens, found) if len(tokens) else None
         if fault is not None:
             raise _Fault(fault)
         return found

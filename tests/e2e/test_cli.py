@@ -247,3 +247,77 @@ def test_compat_grid_equals_scikit_learn_on_exported_arrays(lake, tmp_path):
             assert found == pytest.approx(auc(rates[0], rates[1]), abs=1e-6)
             fitted += 1
     assert fitted >= 30
+
+
+def test_given_pairs_with_every_token_and_pools(tiny_model, tmp_path):
+    """prompt and answer from a file, fed as they are; verified, and checked against Hugging Face."""
+    rows = [
+        {"prompt": f"Say {'some ' * i}word", "answer": f"A word, number {i}.", "correct": i % 2 == 0, "exact_answer": "word"}
+        for i in range(9)
+    ]
+    task = tmp_path / "pairs.jsonl"
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lake = tmp_path / "lake"
+    positions = "last_q,exact_answer_last,mean_answer,max_prompt,mean_all,all"
+    run(
+        "capture", "--model", tiny_model, "--task", task, "--sites", "resid_post,mlp_act,final_norm", "--positions", positions,
+        "--engine", "transformers", "--shard-samples", 4, "--out", lake / "pairs",
+    )  # fmt: skip
+    opened = hiddenlake.open_capture(lake / "pairs")
+    samples = opened.samples().to_pylist()
+    assert [s["answer"] for s in samples] == [row["answer"] for row in rows]
+    assert [s["correct"] for s in samples] == [row["correct"] for row in rows]
+    assert {s["finish_reason"] for s in samples} == {"given"} and all(s["exact_answer_valid"] for s in samples)
+    for i, sample in enumerate(samples):
+        tokens = opened.read_tokens("resid_post", layer=1, samples=i, dtype="float32").values
+        assert len(tokens) == sample["total_length"] and len(sample["logprobs"]) == len(tokens) - sample["prompt_length"]
+        q = sample["prompt_length"]
+        cell = {name: opened.read("resid_post", 1, name, i, dtype="float32") for name in opened.coverage.positions}
+        np.testing.assert_array_equal(cell["last_q"], tokens[q - 1])
+        np.testing.assert_array_equal(cell["exact_answer_last"], tokens[sample["token_index"][1]])
+        np.testing.assert_array_equal(cell["max_prompt"], tokens[:q].max(0))
+        np.testing.assert_allclose(cell["mean_answer"], tokens[q:].mean(0), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(cell["mean_all"], tokens.mean(0), rtol=1e-5, atol=1e-5)
+    report = json.loads(
+        run("verify", lake / "pairs", "--spot-check", 3, "--model", tiny_model, "--json")[0]
+    )
+    assert report["ok"] and report["spot_check"]["ok"]
+    assert "tokens" in run("info", lake / "pairs")[0]
+
+
+def test_plain_texts_are_all_prompt(tiny_model, tmp_path):
+    task = tmp_path / "texts.csv"
+    task.write_text("text\nOnce upon a time\nThere was a king.\n")
+    run(
+        "capture", "--model", tiny_model, "--task", task, "--positions", "all/2", "--engine", "transformers",
+        "--out", tmp_path / "texts",
+    )  # fmt: skip
+    opened = hiddenlake.open_capture(tmp_path / "texts")
+    for i, sample in enumerate(opened.samples().to_pylist()):
+        assert sample["correct"] is None and sample["answer"] == "" and sample["total_length"] == sample["prompt_length"]
+        assert opened.read_tokens("mlp_out", samples=i).token_index.tolist() == list(range(0, sample["total_length"], 2))
+    assert verify(tmp_path / "texts").ok
+
+
+def test_samples_of_one_prompt(tiny_model, questions, tmp_path):
+    """Each has a key and a seed of its own and its prompt's group; more are added by asking for more."""
+
+    def capture(samples):
+        run(
+            "capture", "--model", tiny_model, "--task", questions, "--limit", 3, "--engine", "transformers", "--out",
+            tmp_path / "x", "--max-new-tokens", 6, "--temperature", 1.0, "--seed", 4, "--samples", samples,
+        )  # fmt: skip
+        return {s["key"]: s for s in hiddenlake.open_capture(tmp_path / "x").samples().to_pylist()}
+
+    two, four = capture(2), capture(4)
+    assert len(two) == 6 and len(four) == 12 and two.items() <= four.items()
+    by_prompt = {}
+    for sample in four.values():
+        by_prompt.setdefault(sample["index"], []).append(sample)
+    for samples in by_prompt.values():
+        assert [s["sample_index"] for s in samples] == [0, 1, 2, 3] and len({s["group"] for s in samples}) == 1
+        assert len({tuple(s["token_ids"]) for s in samples}) > 1
+    _, talk = run(
+        "capture", "--model", tiny_model, "--task", questions, "--samples", 3, "--out", tmp_path / "y", status=1
+    )
+    assert "3 samples a prompt at temperature 0.0" in talk
