@@ -144,15 +144,13 @@ class _Plan:
         runs = list(zip(starts.tolist(), [*starts[1:].tolist(), len(distinct)], distinct[starts].tolist(), strict=True))
         checksums = _row_checksums(read) if self.check else None
         scratch = np.empty((len(distinct), shape.width), shape.bits)
-        row = np.dtype((np.void, shape.row_bytes))
         for place, chunk in part.cells:
             offset = shape.offset(chunk)
             for start, stop, slot in runs:
                 data = scratch[start:stop].reshape(-1).view(np.uint8)
                 _preadv(read, self.descriptor, [data], offset + slot * shape.row_bytes)
             if checksums is not None:
-                rows = scratch.view(row).ravel().tolist()
-                found = np.fromiter(map(google_crc32c.value, rows), np.uint32, len(distinct))
+                found = np.fromiter(map(google_crc32c.value, scratch), np.uint32, len(distinct))
                 wrong = np.flatnonzero(found != checksums[chunk, distinct])
                 if len(wrong):
                     slot = int(distinct[wrong[0]])

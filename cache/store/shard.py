@@ -103,14 +103,35 @@ class ShardBuffer(_Buffer):
             view[..., slot, :] = self.nan
             self.checksums[site][..., slot] = self.nan_checksum(site)
 
-    def rows(self, slot: int) -> dict[str, np.ndarray]:
-        """A copy of one sample's rows: site -> bits, (layer, position, width) or (position, width)."""
-        return {site: np.ascontiguousarray(view[..., slot, :]) for site, view in self.views.items()}
+    def finish(self, slot: int, present: np.ndarray) -> None:
+        """Keep the checksums of a sample's rows, which do not change from here on.
 
-    def finish(self, slot: int, rows: dict[str, np.ndarray]) -> None:
-        """Keep the checksums of a sample's rows, which do not change from here on."""
-        for site, bits in rows.items():
-            self.checksums[site][..., slot] = np.reshape(row_checksums(bits), bits.shape[:-1])
+        present : (position,) bool, whether there is something to store.
+
+        Raises CaptureError where a row that is present is not finite, or one that is absent is not NaN.
+        """
+        every = {site: np.ascontiguousarray(view[..., slot, :]) for site, view in self.views.items()}
+        for site, rows in every.items():
+            self._check(site, rows, present)
+        for site, rows in every.items():
+            self.checksums[site][..., slot] = np.reshape(_row_checksums(rows), rows.shape[:-1])
+
+    def _check(self, site: str, rows: np.ndarray, present: np.ndarray) -> None:
+        if rows.dtype == np.uint16:
+            # bfloat16 has the exponent of float32: all ones means infinite or NaN.
+            bad = (rows & np.uint16(0x7F80)) == 0x7F80
+            nan = bad & ((rows & np.uint16(0x007F)) != 0) if not present.all() else bad
+        else:
+            bad, nan = ~np.isfinite(rows), np.isnan(rows)
+        wrong = np.where(present, bad.any(-1), ~nan.all(-1))
+        if wrong.any():
+            cell, coverage = [int(axis[0]) for axis in np.nonzero(wrong)], self.layout.coverage
+            layer = f"layer {coverage.layers[cell[0]]}, " if len(cell) == 2 else ""
+            found = "not finite" if present[cell[-1]] else "there, though its token is absent"
+            raise CaptureError(
+                f"{site}, {layer}position {coverage.positions[cell[-1]]} is {found} "
+                f"({int(wrong.sum())} of {wrong.size} cells): the sample is not stored; capture it again"
+            )
 
     def seal(self) -> dict[str, int]:
         """Put each chunk's crc32c into the images. Returns site -> crc32c of the whole file."""
@@ -160,7 +181,7 @@ class TokenBuffer(_Buffer):
                     number = self.layout.coverage.layers[layer]
                     where = f"{site}, layer {number}" if view.ndim == 3 else site
                     raise CaptureError(f"{where}: a token's row is not finite, or was never written: capture it again")
-                checksums[layer, rows] = row_checksums(block)
+                checksums[layer, rows] = _row_checksums(block)
 
     def seal(self, kept: Iterable[slice]) -> tuple[int, dict[str, tuple[list[Any], int]]]:
         """Make everything but the kept rows a hole.
@@ -192,15 +213,14 @@ class TokenBuffer(_Buffer):
 
 def _all_finite(bits: np.ndarray) -> bool:
     if bits.dtype == np.uint16:
-        # bfloat16 has the exponent of float32: all ones means infinite or NaN, and is above all that is finite.
-        return bool((bits & np.uint16(0x7FFF)).max(initial=0) < 0x7F80)
+        # Infinities and NaN are above all finite values of their sign: 0x7F80 and more, with the sign 0xFF80 and more.
+        return bool(bits.max(initial=0) < 0xFF80 and bits.view(np.int16).max(initial=0) < 0x7F80)
     return bool(np.isfinite(bits).all())
 
 
-def row_checksums(bits: np.ndarray) -> list[int]:
+def _row_checksums(bits: np.ndarray) -> list[int]:
     """crc32c of each row of a C-contiguous array (..., width), in C order."""
-    row = np.dtype((np.void, bits.shape[-1] * bits.itemsize))
-    return list(map(google_crc32c.value, bits.reshape(-1).view(row).tolist()))
+    return list(map(google_crc32c.value, bits.reshape(-1, bits.shape[-1])))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from hiddenlake.cache.errors import BadInputError, CaptureError, StoreError
+from hiddenlake.cache.errors import BadInputError, StoreError
 from hiddenlake.cache.positions import ABSENT
 from hiddenlake.cache.samples import Failure, Sample
 from hiddenlake.cache.store import claims as _claims
@@ -256,9 +256,7 @@ class Writer:
             if sample.key in self._added or sample.key in self.committed:
                 raise StoreError(f"sample {sample.key} was added before: a key is stored once")
         # Here and not when the shard is published: here it overlaps with the writing of the shard before.
-        rows = shard.buffer.rows(slot)
-        self._check_cells(rows, sample)
-        shard.buffer.finish(slot, rows)
+        shard.buffer.finish(slot, np.asarray(sample.token_index) != ABSENT)
         with self._lock:
             if sample.key in self._added:
                 raise StoreError(f"sample {sample.key} was added before: a key is stored once")
@@ -367,25 +365,6 @@ class Writer:
             claimed = self._claims.claim_tokens(first, shards, self._publisher.token_shards)
             grow(self.path, 0, max(claimed, default=-1) + 1)
         return claimed
-
-    def _check_cells(self, rows: dict[str, np.ndarray], sample: Sample) -> None:
-        present = np.asarray(sample.token_index) != ABSENT
-        for site, bits in rows.items():
-            if bits.dtype == np.uint16:
-                # bfloat16 has the exponent of float32: all ones means infinite or NaN.
-                bad = (bits & np.uint16(0x7F80)) == 0x7F80
-                nan = bad & ((bits & np.uint16(0x007F)) != 0) if not present.all() else bad
-            else:
-                bad, nan = ~np.isfinite(bits), np.isnan(bits)
-            wrong = np.where(present, bad.any(-1), ~nan.all(-1))
-            if wrong.any():
-                cell = [int(axis[0]) for axis in np.nonzero(wrong)]
-                layer = f"layer {self.coverage.layers[cell[0]]}, " if len(cell) == 2 else ""
-                found = "not finite" if present[cell[-1]] else "there, though its token is absent"
-                raise CaptureError(
-                    f"sample {sample.key}: {site}, {layer}position {self.coverage.positions[cell[-1]]} is {found} "
-                    f"({int(wrong.sum())} of {wrong.size} cells): the sample is not stored; capture it again"
-                )
 
     def _publish(self, filling: _Filling) -> None:
         self._filling.remove(filling)
