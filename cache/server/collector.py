@@ -78,7 +78,7 @@ class Collector:
     def drop(self, keys: Sequence[str], cause: str) -> None:
         """A request has ended without its answers: forget its rows."""
         self.states.fail(keys, cause)
-        with self._guard(None, keys):
+        with self._guard(None, ()):
             self._workers.drop(keys)
 
     def work(self) -> bool:
@@ -113,7 +113,9 @@ class Collector:
             try:
                 finished.append(self._sample(answers.ticket, answers.generation(i), row, i))
             except Exception as error:  # noqa: BLE001 - of one sample, perhaps the judge's
-                self.drop([key], f"{type(error).__name__}: {error}")
+                cause = f"{type(error).__name__}: {error}"
+                self.drop([key], cause)
+                capture.writer.fail(Failure(key, row, cause, attempts=1))
         return finished
 
     def _sample(self, ticket: Ticket, generation: Generation, row: int, i: int) -> tuple[Sample, Placed]:
@@ -192,5 +194,6 @@ class Collector:
                 self._note_commits(capture)
                 lost |= capture.added | capture.shelf.keys
             self.states.fail(list(lost), f"{type(error).__name__}: {error}")
-            with suppress(Exception):  # an engine that is gone has nothing to forget
-                self._workers.drop(list(lost))
+            if lost:
+                with suppress(Exception):  # an engine that is gone has nothing to forget
+                    self._workers.drop(list(lost))

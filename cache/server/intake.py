@@ -159,8 +159,7 @@ class Intake:
         name = extra_args.get(CAPTURE)
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise BadInputError(
-                f"{CAPTURE} must name a capture: up to 128 letters, digits, dots, underscores and hyphens, and no dot at "
-                f"the start"
+                f"{CAPTURE} must name a capture: up to 128 letters, digits, dots, underscores and hyphens, no dot first"
             )
         return name
 

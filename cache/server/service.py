@@ -119,7 +119,11 @@ class Service:
         while True:
             await self._busy.wait()
             self._busy.clear()
-            if await loop.run_in_executor(self._thread, self.collector.work):
+            try:
+                busy = await loop.run_in_executor(self._thread, self.collector.work)
+            except RuntimeError:  # the service is closed
+                return
+            if busy:
                 self._busy.set()
             await asyncio.sleep(_TICK_SECONDS)
 
