@@ -172,6 +172,8 @@ def test_writers_at_once_share_no_token_shard(tiny, tmp_path, coverage, assert_h
 
 
 def test_what_is_released_leaves_a_hole_that_nothing_refers_to(tiny, tmp_path, coverage, assert_holds):
+    import zarr
+
     path = tmp_path / "c"
     with tiny.open_tiny(path, 40, coverage=coverage) as writer:
         finish(tiny, writer, begin(tiny, writer, 0))
@@ -187,7 +189,11 @@ def test_what_is_released_leaves_a_hole_that_nothing_refers_to(tiny, tmp_path, c
             with pytest.raises(StoreError, match="not handed out"):
                 writer.piece(span)
             finish(tiny, writer, begin(tiny, writer, 20 + filled))
+        shard, slot, _, span, found = begin(tiny, writer, 5)
+        tiny.fill(writer, span, found)
+        writer.release(shard, slot, span)
     capture = assert_holds(path)
+    assert np.isnan(zarr.open(path, mode="r")["tokens/embed"][span.start].astype(np.float32)).all()
     assert capture.keys == [tiny.key(i) for i in (0, 20, 21, 22, 23)]
     report = verify(path)
     assert report.ok, report.problems
@@ -367,6 +373,43 @@ def test_a_lost_claim_stops_the_writer(tiny, tmp_path, coverage, claim):
         writer.span(3)
     writer.close()
     assert len(open_capture(path)) == 0
+    # Nothing was written over what is another writer's by now.
+    assert not list((path / ("samples" if claim == "claims/0" else "tokens/mlp_out")).glob("[!z]*"))
+
+
+def test_a_token_claim_that_is_lost_between_writing_and_committing_stops_the_writer(tiny, tmp_path, alone):
+    path = tmp_path / "c"
+    writer = tiny.open_tiny(path, 8, coverage=alone)
+    finish(tiny, writer, begin(tiny, writer, LONG))
+    while not (path / "row_crc" / "tokens" / "resid_post" / "c.0.1").exists():
+        time.sleep(0.01)
+    (path / "claims" / "tokens.1").write_text('{"writer": "other", "fencing": 2}')
+    with pytest.raises(StoreError, match=r"claims/tokens\.1 is no longer ours"):
+        writer.flush()
+    writer.close()
+    assert len(open_capture(path)) == 0
+
+
+def test_what_a_writer_leaves_that_dies_later_is_removed_by_the_next_to_claim_it(tiny, tmp_path, alone, assert_holds):
+    path = tmp_path / "c"
+    with tiny.open_tiny(path, 20, coverage=alone) as living:
+        dead = tiny.open_tiny(path, 20, coverage=alone)
+        finish(tiny, dead, begin(tiny, dead, LONG))
+        dead._spans.close_shard()
+        for future in dead._publisher.pending():
+            future.result()
+        left = [name for shard in range(3) for name in living.layout.token_files_of(shard)]
+        assert all((path / name).exists() for name in left)
+        dead._publisher.close()
+        dead._claims._file.release()  # as the system does for a process that is killed
+        begun = begin(tiny, living, 0)
+        piece = living.piece(begun[3])
+        assert (piece.shard.number, piece.shard.fencing) == (0, 2)
+        assert not any((path / name).exists() for name in living.layout.token_files_of(0))
+        living.release(begun[0], begun[1], begun[3])
+        finish(tiny, living, begin(tiny, living, LONG))
+    assert_holds(path)
+    assert verify(path).ok
 
 
 def test_close_forgets_what_is_open(tiny, tmp_path, coverage, assert_holds):

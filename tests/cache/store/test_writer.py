@@ -10,7 +10,7 @@ import pytest
 
 from hiddenlake.cache.errors import BadInputError, CaptureError, IdentityError, StoreError
 from hiddenlake.cache.samples import Failure
-from hiddenlake.cache.store import Coverage, attach, files, open_capture
+from hiddenlake.cache.store import Coverage, attach, claims, files, open_capture
 from hiddenlake.cache.store.claims import Claims
 from hiddenlake.cache.store.verify import verify
 
@@ -310,6 +310,28 @@ def test_a_claim_of_a_dead_writer_is_taken_over_and_its_leftovers_removed(tiny, 
         writer.release(shard, slot)
     tiny.write(path, 8)
     assert_holds(path, complete=8)
+    assert verify(path).ok
+
+
+def test_a_writer_that_commits_and_leaves_while_another_claims_is_not_taken_for_dead(
+    tiny, tmp_path, monkeypatch, assert_holds
+):
+    path = tmp_path / "c"
+    first = tiny.open_tiny(path, 8)
+    first.reserve([tiny.key(0)], 1)
+    tiny.add(first, 0)
+
+    def listed_just_before(folder, listed=claims.list_commits):
+        commits = listed(folder)
+        first.close()
+        return commits
+
+    with tiny.open_tiny(path, 8) as second:
+        monkeypatch.setattr(claims, "list_commits", listed_just_before)
+        shard, slot = second.slot()
+        assert shard.number == 1
+        second.release(shard, slot)
+    assert_holds(path, complete=1)
     assert verify(path).ok
 
 
