@@ -32,20 +32,22 @@ class _LastTokenMixin:
         return outputs
 
     def _update_request_with_output(
-        self, request: Any, new_token_ids: list[int], is_stale: bool = False
+        self, request: Any, new_token_ids: list[int], **stale: bool
     ) -> tuple[list[int], bool]:
+        # since vLLM 0.32 `is_stale` marks what a preempted request had under way; 0.25 counts what is to be discarded
         held = getattr(request, "hiddenlake_held", None)
-        if held is not None:  # the extra step has run: report what was held back
+        if held is not None and not getattr(request, "async_tokens_to_discard", 0):
+            # the extra step has run: report what was held back
             request.hiddenlake_held = None
             request.status, request.stop_reason, tokens, logprobs = held
             if logprobs is not None:
                 self._held_logprobs[request.request_id] = logprobs
-            if not is_stale and request.num_output_placeholders > 0:  # asynchronous scheduling counts ahead
+            if not stale.get("is_stale") and request.num_output_placeholders > 0:  # asynchronous scheduling counts ahead
                 request.num_output_placeholders -= len(new_token_ids)
             return tokens, True
 
         status = request.status
-        tokens, stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
+        tokens, stopped = super()._update_request_with_output(request, new_token_ids, **stale)
         if stopped and self._wants_last_token(request):
             request.hiddenlake_held = (request.status, request.stop_reason, list(tokens), self._logprobs(request, tokens))
             request.status, request.stop_reason = status, None
