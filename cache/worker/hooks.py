@@ -59,17 +59,19 @@ class Embedding:
     """What enters block 0: bit for bit what the model computes for a token at a position.
 
     Must be made by all ranks of a tensor-parallel group at once, after the model is loaded: each has a part of the
-    vocabulary, and the first keeps the whole in host memory, vocabulary x hidden in the model's dtype. Without tensor
-    parallelism nothing is copied.
+    vocabulary, and the first keeps the whole in host memory, vocabulary x hidden in the model's dtype. So it does on
+    a GPU, where a lookup would wait behind the step that the model is in. Else nothing is copied.
+
+    rank : in that group.
     """
 
-    def __init__(self, model: torch.nn.Module, family: Family) -> None:
+    def __init__(self, model: torch.nn.Module, family: Family, rank: int) -> None:
         tokens = model.get_submodule(family.embed)
         tokens = getattr(tokens, "base_layer", tokens)  # a LoRA wrapper adds what the batch that runs has
         self._device = next(tokens.parameters()).device
         self._tokens = tokens
-        if tokens.tp_size > 1:
-            whole = _gather(tokens, self._device)
+        if tokens.tp_size > 1 or self._device.type != "cpu":
+            whole = _gather(tokens, self._device, keep=rank == 0)
             self._device = torch.device("cpu")
             self._tokens = whole.__getitem__
         self._scale = model.get_buffer(family.normalizer).to(self._device) if family.normalizer else None
@@ -90,11 +92,11 @@ class Embedding:
 
 
 @torch.inference_mode()
-def _gather(tokens: torch.nn.Module, device: torch.device) -> torch.Tensor:
-    """(vocabulary, hidden) on the first rank's host, empty on the others, by the lookup that every rank takes part in."""
-    kept = []
+def _gather(tokens: torch.nn.Module, device: torch.device, keep: bool) -> torch.Tensor:
+    """(vocabulary, hidden) on the host where asked to keep it, by the lookup that every rank takes part in."""
+    whole = torch.empty(tokens.org_vocab_size if keep else 0, tokens.embedding_dim, dtype=tokens.params_dtype)
     for ids in torch.arange(tokens.org_vocab_size, device=device).split(_GATHERED):
         part = tokens(ids)
-        if tokens.tp_rank == 0:
-            kept.append(part.cpu())
-    return torch.cat(kept) if kept else torch.empty(0)
+        if keep:
+            whole[int(ids[0]) : int(ids[-1]) + 1] = part
+    return whole
