@@ -69,13 +69,16 @@ class CaptureExtension:
 
     def hiddenlake_stats(self) -> dict[str, int]:
         """{"free": free rows of the ring, "books": samples in flight, "recomputed": rows that preemption or rejected
-        drafts made vLLM compute again, "spilled": rows that went to the scratch file}."""
+        drafts made vLLM compute again, "spilled": rows that went to the scratch file, "device_bytes": of the taps'
+        buffers on a GPU}."""
         recorder = self._recorder
+        buffers = recorder.staging.buffers
         return {
             "free": recorder.ring.free,
             "books": len(recorder.books),
             "recomputed": recorder.recomputed,
             "spilled": recorder.spilled,
+            "device_bytes": buffers.nbytes if buffers.out.is_cuda else 0,
         }
 
     @property
@@ -91,7 +94,7 @@ def _logprob(worker: Any, stream: torch.Tensor, sampled: int) -> float | None:
     Every rank of the last pipeline stage takes part; with tensor parallelism only the first has the result.
     """
     runner = worker.model_runner
-    model = runner.model
+    model = runner.get_model()
     norm = model.get_submodule(runner.hiddenlake_family.norm)
     hidden = norm(stream.to(runner.device, runner.dtype)[None])
     logits = model.compute_logits(hidden)

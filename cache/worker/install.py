@@ -27,7 +27,7 @@ def install_recorder(worker: Any, plan_json: dict[str, Any]) -> None:
 
     plan = Plan.from_json(plan_json)
     runner = worker.model_runner
-    model = runner.model
+    model = runner.get_model()  # without what replays its graphs
     family = family_of(runner.model_config.hf_config.architectures)
     stage, tensor = get_pp_group(), get_tp_group()
     inner = model.get_submodule(family.layers.rpartition(".")[0])
@@ -44,8 +44,9 @@ def install_recorder(worker: Any, plan_json: dict[str, Any]) -> None:
         plan.max_rows or runner.max_num_tokens, plan.ring_rows, table, getattr(torch, plan.dtype), runner.device
     )
     taps.install(model, family, table, buffers)
+    _count_memory(runner, buffers)
     # every rank of the first stage takes part in reading a split embedding
-    embedding = Embedding(model, family) if stage.is_first_rank else None
+    embedding = Embedding(model, family, tensor.rank_in_group) if stage.is_first_rank else None
     recorder = Recorder(plan, staging, _follow(runner), _checker(table, embedding))
     worker.hiddenlake_recorder = recorder
     worker.hiddenlake_storing = Storing(recorder, table)
@@ -59,6 +60,15 @@ def install_recorder(worker: Any, plan_json: dict[str, Any]) -> None:
         runner.intermediate_tensors = model.make_empty_intermediate_tensors(
             batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
         )
+
+
+def _count_memory(runner: Any, buffers: taps.TapBuffers) -> None:
+    """Have vLLM leave the buffers' bytes to them when it sizes the KV cache.
+
+    vLLM 0.25 adds up what it knows of; 0.32 takes all that the device has lost since its start, and prints this.
+    """
+    if buffers.out.is_cuda:
+        runner.model_memory_usage += buffers.nbytes
 
 
 def _checker(table: TapTable, embedding: Embedding | None) -> Check:

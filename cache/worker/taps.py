@@ -48,6 +48,10 @@ class TapBuffers:
         self.firsts = firsts
         self.straight: tuple[int, int, int] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.rows, self.slots, self.count, self.out, self.firsts))
+
     def set(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
         """For the next step: rows, slots (n,) int64."""
         n = len(rows)
