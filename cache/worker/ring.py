@@ -2,6 +2,7 @@
 
 import mmap
 import threading
+import weakref
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ class Ring:
     """
 
     def __init__(self, capacity: int, elements: int, dtype: torch.dtype, pinned: bool) -> None:
-        self.arena = _empty(capacity, elements, dtype, pinned)
+        self.arena = _empty(capacity, elements, dtype)
+        if pinned and self.arena.nbytes:
+            self._pin()
         self._is_free = np.ones(capacity, bool)
         self._free = capacity
         self._next = 0
@@ -61,11 +64,17 @@ class Ring:
             self._free += len(slots)
             self._free_touched += len(slots)
 
+    def _pin(self) -> None:
+        """Let a GPU copy to the arena on its own. torch's pinned memory would be rounded up to a power of two bytes."""
+        runtime, address = torch.cuda.cudart(), self.arena.data_ptr()
+        torch.cuda.check_error(runtime.cudaHostRegister(address, self.arena.nbytes, 0))
+        weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
 
-def _empty(capacity: int, elements: int, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+
+def _empty(capacity: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
     size = capacity * elements * dtype.itemsize
-    if pinned or not size:
-        return torch.empty(capacity, elements, dtype=dtype, pin_memory=pinned)
+    if not size:
+        return torch.empty(capacity, elements, dtype=dtype)
     memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)  # first writes to small pages took a tenth of a capture's time

@@ -38,31 +38,39 @@ class HostStaging:
 
 
 class DeviceStaging:
-    """On a GPU the taps write into one half of a device buffer while the other half's copy is under way."""
+    """On a GPU the taps write into one half of a device buffer while the other half's copy is under way.
+
+    The host runs ahead of the model's stream, which is the caller's current one, and copies have a stream of their
+    own. So the host writes a half's index only when the device has read what was there, the model's stream writes into
+    a half only when the copy out of it is done, and a copy begins only when the step before it is done.
+    """
 
     def __init__(self, buffers: TapBuffers, ring: Ring) -> None:
         self.buffers, self.ring = buffers, ring
-        self._half = len(buffers.rows)
+        self._halves = buffers.out.chunk(2)
         self._parity = 0
         self._slots = np.empty(0, np.int64)
-        self._stream = torch.cuda.Stream()
+        self._copies = torch.cuda.Stream(buffers.out.device)
+        self._read = [torch.cuda.Event(), torch.cuda.Event()]
         self._copied = [torch.cuda.Event(), torch.cuda.Event()]
-        # what the host writes while the device may still read what it wrote the step before
-        self._index = [torch.zeros(2, self._half, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+        self._rows = torch.zeros(2, len(buffers.rows), dtype=torch.int64).pin_memory()
+        self._places = torch.arange(len(buffers.out)).view(2, -1).pin_memory()
 
     def begin(self, rows: list[int], slots: np.ndarray) -> None:
-        """See HostStaging. Waits for the copy of the step before last, which is done long since."""
+        """See HostStaging."""
         self._parity ^= 1
-        self._copied[self._parity].synchronize()
-        n = len(rows)
-        index = self._index[self._parity]
-        index[0, :n] = torch.tensor(rows, dtype=torch.int64)
-        index[1, :n] = torch.arange(self._parity * self._half, self._parity * self._half + n)
-        self.buffers.set(index[0, :n], index[1, :n])
+        parity, n = self._parity, len(rows)
+        self._read[parity].synchronize()  # of the step before last, which is done long since
+        index = self._rows[parity, :n]
+        index.copy_(torch.tensor(rows, dtype=torch.int64))
+        model = torch.cuda.current_stream(self.buffers.out.device)
+        model.wait_event(self._copied[parity])
+        self.buffers.set(index, self._places[parity, :n])
+        self._read[parity].record(model)
         self._slots = slots
 
     def collect(self) -> None:
-        """Bring the gathered rows home on a stream of their own, without waiting for the device.
+        """Bring the gathered rows home, without waiting for the device.
 
         The first element of each tap is set to NaN behind the copy, so that a tap that does not fire in a later step
         leaves NaN.
@@ -70,19 +78,19 @@ class DeviceStaging:
         n = len(self._slots)
         if n == 0:
             return
-        out = self.buffers.out[self._parity * self._half :][:n]
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        half = self._halves[self._parity][:n]
+        self._copies.wait_stream(torch.cuda.current_stream(half.device))
+        with torch.cuda.stream(self._copies):
             for place, slot, length in runs(self._slots):
-                self.ring.arena[slot : slot + length].copy_(out[place : place + length], non_blocking=True)
-            out.index_fill_(1, self.buffers.firsts, torch.nan)
+                self.ring.arena[slot : slot + length].copy_(half[place : place + length], non_blocking=True)
+            half.index_fill_(1, self.buffers.firsts, torch.nan)
             self._copied[self._parity].record()
         self._slots = self._slots[:0]
 
     def mark(self) -> "torch.cuda.Event":
         """See HostStaging."""
-        event = torch.cuda.Event()
-        event.record(self._stream)
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._copies)
         return event
 
     def wait(self, mark: "torch.cuda.Event") -> None:
