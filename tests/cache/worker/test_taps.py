@@ -1,0 +1,61 @@
+"""Taps under the compiler: they stay in the graph, and write into their buffer itself."""
+
+import re
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from hiddenlake.cache.worker.taps import TapBuffers, _writer
+
+LAYERS, WIDTH, SLOTS = 3, 64, 17
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+        self.mlp = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = residual + hidden
+        residual = residual + self.attention(torch.nn.functional.rms_norm(residual, (WIDTH,)))
+        return self.mlp(torch.nn.functional.rms_norm(residual, (WIDTH,))), residual
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(LAYERS))
+
+    def forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual)
+        return hidden + residual
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("functionalization", ["v1", "v2"])  # vLLM turns the second off
+def test_a_compiled_tap_writes_into_its_buffer(functionalization):
+    """A copy of the buffer for each tap would be right too, and take gigabytes of traffic a step."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Model()
+    buffers = TapBuffers(8, torch.full((SLOTS, 2 * LAYERS * WIDTH), torch.nan), torch.arange(0, 2 * LAYERS * WIDTH, WIDTH))
+    for i, layer in enumerate(model.layers):
+        attention, stream = (_writer(buffers, (2 * i + k) * WIDTH, WIDTH) for k in range(2))
+        layer.attention.register_forward_hook(lambda module, args, output, write=attention: write(output, None))
+        layer.register_forward_hook(lambda module, args, output, write=stream: write(*output))
+    hidden, residual = torch.randn(2, 5, WIDTH)
+    buffers.set(torch.tensor([1, 3]), torch.tensor([7, 9]))
+    settings = {"enable_auto_functionalized_v2": functionalization == "v2", "force_disable_caches": True}
+    with torch.no_grad(), torch._inductor.config.patch(settings):
+        model(hidden, residual)
+        expected = buffers.out.clone()
+        buffers.out.fill_(torch.nan)
+        _, [code] = run_and_get_code(torch.compile(model, fullgraph=True, dynamic=True), hidden, residual)
+    assert torch.equal(buffers.out.isnan(), expected.isnan())
+    torch.testing.assert_close(buffers.out[[7, 9]], expected[[7, 9]], rtol=1e-5, atol=1e-6)
+    # a copy would be a buffer of the graph's own
+    written = re.findall(r"hiddenlake\.tap\.default\(.*, (\S+), \d+\)", code)
+    assert len(written) == 2 * LAYERS and len(set(written)) == 1 and written[0].startswith("arg"), written
