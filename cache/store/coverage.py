@@ -22,8 +22,8 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Which activations a capture holds: cells, a full box of layers x positions for each site, and tokens, a full box of
-    layers x some tokens of each sample; both of `embed` too.
+    """Which activations a capture holds: cells, a full box of layers x positions for each site, and tokens, a full
+    box of layers x some tokens of each sample; both of `embed` too.
 
     sites : names of sites, in the order of the site table. `embed` is not named.
     layers : 0-based block indices, ascending. () where no site has layers, whatever was given.

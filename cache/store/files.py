@@ -85,7 +85,8 @@ def _write_all(descriptor: int, data) -> None:
 
 
 def _write_temporary(path: Path, parts: Sequence, preallocate: bool = False) -> Path:
-    """Write and fsync the parts, one behind the other, beside `path`. Whatever fails, no unfinished file is left where that can be helped."""
+    """Write and fsync the parts, one behind the other, beside `path`. Whatever fails, no unfinished file is left where
+    that can be helped."""
     temporary = _temporary(path)
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     try:

@@ -27,7 +27,8 @@ def choose_layout(
 
     B, and T, is the smallest power of two that makes the narrowest site's chunk at least 256 KiB. A token shard has
     as many chunks along the token axis as keep every site's file within 64 MiB. B is no larger than the planned
-    samples need, and than TOKEN_SAMPLES beside tokens. Whichever shard is the larger is made smaller until two buffers of each fit in `buffer_bytes`.
+    samples need, nor than TOKEN_SAMPLES beside tokens. Whichever shard is the larger is made smaller until two buffers
+    of each fit in `buffer_bytes`.
 
     planned : samples.
     shard_samples, shard_tokens : B, and (T, tokens a shard), where they should not be chosen.

@@ -186,12 +186,14 @@ def samples_of(snapshot: Snapshot, columns: Sequence[str] = SAMPLE_COLUMNS) -> "
     import pyarrow as pa
 
     columns = list(columns) if "slot" in columns else ["slot", *columns]
-    tables, slots, shards = [sample_schema().empty_table().select(columns)], [], []
+    # In captures that were made when nothing could be neither right nor wrong, `correct` is never null.
+    schema = pa.schema([sample_schema().field(name) for name in columns])
+    tables, slots, shards = [schema.empty_table()], [], []
     for shard, commit in snapshot.commits.items():
         name = snapshot.layout.samples_file(shard)
         raw = read_checked(snapshot.path, name, commit.files[name], [shard])
         table = decode(raw, snapshot.path / name, columns)
-        tables.append(table)
+        tables.append(table.cast(schema))
         slots += table["slot"].to_pylist()
         shards += [shard] * table.num_rows
     row_of = {(shard, slot): row for row, (shard, slot) in enumerate(zip(shards, slots, strict=True))}

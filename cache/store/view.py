@@ -58,7 +58,8 @@ def dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
     Returns a Dataset with the coordinates layer (int), position (name) and sample (key), and the variables
 
         each site                (layer, position, sample, hidden), lazy; NaN where the token is absent. `embed` and
-                                 `final_norm` have no layer; the last axis of `attn_z` is `d_attn`, that of `mlp_act` is `d_mlp`
+                                 `final_norm` have no layer; the last axis of `attn_z` is `d_attn`, that of `mlp_act`
+                                 is `d_mlp`
         token_index, in_answer   (position, sample) int32, -1 where absent, -2 where pooled; bool
         index, group, correct... (sample,) the columns of samples/; token_ids, logprobs, answers hold sequences,
                                  and exact_answer is null (xarray's NaN) where none was found

@@ -4,7 +4,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from hiddenlake.cache.errors import BadInputError
-from hiddenlake.cache.store import open_capture, ranges
+from hiddenlake.cache.store import open_capture, ranges, tables
+from hiddenlake.cache.store.verify import verify
 
 SAMPLES = 14
 
@@ -113,6 +114,22 @@ def test_xarray_operations(data):
         np.testing.assert_allclose(means.sel(group=group).values, values[0, 0, rows].mean(0), rtol=1e-5)
     assert bool(data.isnull()["correct"].any()) is False
     assert set(data.where(data["exact_answer_valid"], drop=True)["exact_answer"].values) == {"a"}
+
+
+def test_samples_that_were_written_when_correct_could_not_be_null_are_read_beside_newer_ones(
+    tiny, tmp_path, monkeypatch
+):
+    schema = tables.sample_schema()
+    older = schema.set(schema.get_field_index("correct"), schema.field("correct").with_nullable(False))
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "sample_schema", lambda: older)
+        tiny.write(tmp_path / "c", 4)
+    tiny.write(tmp_path / "c", 6)
+    schemas = [pq.read_schema(tmp_path / "c" / "samples" / f"{k}.parquet") for k in (0, 1)]
+    assert [schema.field("correct").nullable for schema in schemas] == [False, True]
+    data = open_capture(tmp_path / "c").dataset()
+    assert data["correct"].values.tolist() == [tiny.sample(i).correct for i in range(6)]
+    assert verify(tmp_path / "c").ok
 
 
 def test_stored_bits_are_widened_exactly(path):
