@@ -28,6 +28,9 @@ TOLERANCE = 1e-4
 @contextmanager
 def running(job: Job) -> Iterator[VllmEngine]:
     """vLLM in this process, so that its scheduler and its worker can be reached: a start takes 4 s instead of 25."""
+    import vllm.envs
+
+    gc.collect()  # an engine that a test has left, before vLLM freezes what there is
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         # vLLM 0.32 looks into every loaded module at its start, and trips over this one, which n-gram drafting loads
@@ -37,8 +40,8 @@ def running(job: Job) -> Iterator[VllmEngine]:
         yield engine
     finally:
         engine.close()
-        del engine
-        gc.collect()
+        gc.unfreeze()
+        vllm.envs.disable_envs_cache()  # the next engine reads the environment again
 
 
 def scheduler_of(engine: VllmEngine):

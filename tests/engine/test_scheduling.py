@@ -1,96 +1,118 @@
-"""Chunked prefill and forced preemption leave the same rows, each at its own token."""
+"""Chunked prefill and forced preemption leave the same rows, each at its own token: generated answers and given text."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from hiddenlake.cache.capture import start_engine
 from hiddenlake.cache.job import plan_job
-from hiddenlake.cache.positions import PAPER, resolve
-from hiddenlake.cache.store.layout import Layout
-from hiddenlake.cache.store.shard import Shard, ShardBuffer
-from hiddenlake.cache.worker.plan import Placement
+from hiddenlake.cache.positions import PAPER, POOLS
+from hiddenlake.cache.samples import Question
 
-from .conftest import SITES, make_task, relative_error
+from .captures import TOLERANCE, assert_greedy, capture_all, logprobs_of, recorder_of, running, worst_errors
+from .conftest import COUNTRIES, SITES, ListTask, make_task
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 N = 12
+POSITIONS = (*PAPER, "0", "40", "-60", *POOLS)
 
-CASES = {
-    # at most 64 tokens a step: prompts of up to 170 tokens come in three chunks, mixed with decoding
-    "chunked_prefill": {"max_num_batched_tokens": 64, "max_num_seqs": 8},
-    # 16 blocks of 32 tokens: prompts are let in until they are full, and growing answers throw some out again
-    "preemption": {"max_num_batched_tokens": 256, "max_num_seqs": 8, "block_size": 32, "num_gpu_blocks_override": 16},
-}
+# At most 64 tokens a step: prompts of up to 170 tokens come in parts, mixed with decoding.
+CHUNKED = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+# 12 blocks of 32 tokens for several prompts at once, which are let in before all of their blocks are free: the youngest
+# are thrown out again, in the middle of their prompts or of their answers.
+PREEMPTED = CHUNKED | {
+    "block_size": 32, "num_gpu_blocks_override": 12, "scheduler_reserve_full_isl": False, "long_prefill_token_threshold": 16,
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=CASES)
-def run(request, demo_model_folder):
-    """(case, prompts, generations by key, shard views, worker's counts) of one engine run."""
-    job = plan_job(
-        demo_model_folder, make_task(N), sites=SITES, dtype="float32", max_new_tokens=24, options=CASES[request.param]
+def make_pairs() -> ListTask:
+    """Questions of many lengths with given answers, right, wrong and empty-handed."""
+    answers = (
+        "It is in {}, which is well known.",
+        "I would say {}.",
+        "Nobody knows, though some say it was {} all along.",
     )
-    prompts = job.prompts
-    buffer = ShardBuffer(Layout(job.coverage, 16))
-    shard = Shard(0, 0, buffer)
-    engine = start_engine("vllm", job.request, prompts[0].token_ids)
-    try:
-        done = {}
-        for prompt in prompts:
-            assert engine.has_room()
-            engine.submit(prompt)
-        while len(done) < N:
-            done |= {g.key: g for g in engine.step()}
-        placements = []
-        for slot, prompt in enumerate(prompts):
-            ids = (*prompt.token_ids, *done[prompt.key].answer_ids)
-            q = len(prompt.token_ids)
-            index = resolve(PAPER, q, len(ids), (q, q + 1))
-            placements.append(Placement(prompt.key, ids, tuple(index.tolist()), slot))
-        counts = engine.stats()
-        assert engine.store(shard.handle, placements) == [None] * N
-        empty = engine.stats()
-    finally:
-        engine.close()
-    views = {site: view.copy() for site, view in buffer.views.items()}
-    buffer.close()
-    return request.param, placements, done, views, counts, empty
+    questions = [
+        replace(question, given=answers[question.index % 3].format(question.answers[0]))
+        for question in make_task(N).questions
+    ]
+    return ListTask(questions, name="pairs")
 
 
-def test_scheduled_rows_equal_hugging_face(run, reference):
-    """Relative L2 error a token, in float32. Rows that preemption had computed twice are held to the same 1e-4."""
-    case, placements, _, views, _, _ = run
-    worst = dict.fromkeys((*SITES, "embed"), 0.0)
-    for placement in placements:
-        expected = reference(placement.token_ids)
-        for p, token in enumerate(placement.token_index):
-            for site in worst:
-                found = views[site][..., p, placement.slot, :]
-                if token >= 0:
-                    worst[site] = max(worst[site], float(relative_error(found, expected[site][..., token, :]).max()))
-                else:
-                    assert np.isnan(found).all()
-    print(f"\n{case}: worst relative L2 error by site {worst}")
-    assert max(worst.values()) <= 1e-4
+def make_texts() -> ListTask:
+    """Plain texts from 7 to 170 tokens."""
+    texts = [f"{city} lies in {country}. " * (1 + 11 * (i % 3)) for i, (city, country) in enumerate(COUNTRIES.items())]
+    return ListTask([Question(i, text, (), given="") for i, text in enumerate(texts)], name="texts")
 
 
-def test_preemption_happened(run):
-    case, _, _, _, counts, _ = run
-    print(f"\n{case}: {counts}")
-    assert (counts["recomputed"] > 0) == (case == "preemption")
+def plan(model, task, options):
+    return plan_job(model, task, sites=SITES, positions=POSITIONS, dtype="float32", max_new_tokens=24, options=options)
 
 
-def test_rows_are_given_back(run):
-    _, _, _, _, counts, empty = run
-    assert counts["books"] == N and counts["free"] < empty["free"]
-    assert empty["books"] == 0
+@pytest.fixture(scope="module", params=[CHUNKED, PREEMPTED], ids=["chunked", "preempted"])
+def generated(request, demo_model_folder, tmp_path_factory):
+    """(capture, rows that were computed again) of generated answers."""
+    job = plan(demo_model_folder, make_task(N), request.param)
+    with running(job) as engine:
+        capture, _ = capture_all(job, engine, tmp_path_factory.mktemp("lake") / "generated")
+        [counts] = engine.stats()
+        assert (counts["books"], counts["free"]) == (0, len(recorder_of(engine).bits)), "all rows are given back"
+    assert (counts["recomputed"] > 0) == (request.param is PREEMPTED)
+    return capture, counts["recomputed"]
 
 
-def test_greedy_answers_are_hugging_faces(run, reference):
-    """Each generated token is the most probable one given what stands before it, or a near-tie."""
-    _, placements, done, _, _, _ = run
-    for placement in placements[:3]:
-        answer = done[placement.key].answer_ids
-        q = len(placement.token_ids) - len(answer)
-        logits = reference(placement.token_ids)["logits"][q - 1 : -1]
-        assert (logits.max(-1) - logits[np.arange(len(answer)), list(answer)] < 1e-3).all()
+@pytest.fixture(scope="module")
+def given(demo_model_folder, tmp_path_factory):
+    """{kind: (capture, rows that were computed again)} of given text: pairs, and texts that are all prompt."""
+    lake = tmp_path_factory.mktemp("lake")
+    jobs = {task.name: plan(demo_model_folder, task, PREEMPTED) for task in (make_pairs(), make_texts())}
+    found, before = {}, 0
+    with running(jobs["pairs"]) as engine:
+        for name, job in jobs.items():
+            capture, _ = capture_all(job, engine, lake / name)
+            [counts] = engine.stats()
+            assert (counts["books"], counts["free"]) == (0, len(recorder_of(engine).bits)), "all rows are given back"
+            found[name], before = (capture, counts["recomputed"] - before), counts["recomputed"]
+            assert found[name][1] > 0
+    return found
+
+
+def check_rows(capture, again, reference):
+    worst = worst_errors(capture, reference)
+    print(f"\n{again} rows computed again, worst relative L2 error by site {worst}")
+    assert max(worst.values()) <= TOLERANCE
+
+
+def test_generated_rows_equal_hugging_face(generated, reference):
+    check_rows(*generated, reference)
+    assert_greedy(generated[0], reference, 3)
+    samples = generated[0].samples().to_pylist()
+    assert {s["finish_reason"] for s in samples} == {"stop", "length"}
+    assert any(s["exact_answer_valid"] for s in samples) and not all(s["exact_answer_valid"] for s in samples)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "texts"])
+def test_given_rows_equal_hugging_face(given, kind, reference):
+    check_rows(*given[kind], reference)
+
+
+def test_given_answers_have_the_models_logprobs(given, reference):
+    for sample in given["pairs"][0].samples().to_pylist()[:4]:
+        np.testing.assert_allclose(sample["logprobs"], logprobs_of(sample, reference)[1], atol=1e-3)
+
+
+def test_given_text_is_fed_as_it_is(given, demo_model_folder):
+    """No token more and none less: no template around a text, no special token before a given answer, no end behind it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_folder)
+    for question, sample in zip(make_texts().questions, given["texts"][0].samples().to_pylist(), strict=True):
+        assert sample["token_ids"] == tokenizer(question.question)["input_ids"]
+        assert sample["prompt_length"] == sample["total_length"] and sample["answer"] == "" and sample["logprobs"] == []
+    for question, sample in zip(make_pairs().questions, given["pairs"][0].samples().to_pylist(), strict=True):
+        chat = [{"role": "user", "content": question.question}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        assert tokenizer.decode(sample["token_ids"]) == prompt + question.given
+        assert sample["answer"] == question.given and sample["finish_reason"] == "given"
+        assert sample["exact_answer_valid"] and sample["exact_answer"] == question.answers[0]
