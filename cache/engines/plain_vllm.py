@@ -12,6 +12,7 @@ class PlainVllm:
 
     def __init__(self, request: Request) -> None:
         setup.import_vllm()
+        setup.choose_runner()
         from vllm import LLM, SamplingParams
         from vllm.platforms import current_platform
 

@@ -16,8 +16,9 @@ from hiddenlake.cache.positions import wanted
 from hiddenlake.cache.worker.plan import Plan
 from hiddenlake.cache.worker.plugin import CONFIG_KEY
 
-# Version -> where it was tested. CI tests the first on a CPU; benchmarks/gpu tests CUDA builds.
-TESTED_VERSIONS = {"0.32.0": "CPU, V1 runner"}
+# Version -> model runner -> where it was tested; the first runner is the one that is used. CI tests a CPU;
+# benchmarks/gpu tests CUDA builds.
+TESTED_VERSIONS = {"0.32.0": {"V1": "CPU"}}
 
 CPU_OPTIONS = {
     "max_num_seqs": 64,  # more at once no longer raise throughput there
@@ -68,9 +69,25 @@ def import_vllm() -> Any:
     return vllm
 
 
+def choose_runner() -> None:
+    """Have an engine that is about to start use a model runner that was tested, unless its user has chosen one."""
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(_tested_runners()[0] == "V2")))
+
+
+def _tested_runners() -> list[str]:
+    import vllm
+
+    return list(TESTED_VERSIONS[_release(vllm.__version__)])
+
+
+def _release(version: str) -> str:
+    """Without what builds add to it: 0.32.0+cpu."""
+    return version.split("+")[0]
+
+
 def check_version(version: str) -> None:
     """Raise CaptureError for a version of vLLM that was not tested."""
-    if version.split("+")[0] not in TESTED_VERSIONS:
+    if _release(version) not in TESTED_VERSIONS:
         raise CaptureError(
             f"vLLM {version} was not tested: install {' or '.join(TESTED_VERSIONS)}, or use --engine transformers"
         )
@@ -119,6 +136,7 @@ def _whole_prompts(request: Request) -> dict[str, Any]:
 
 def check_config(config: Any) -> None:
     """Raise CaptureError for a VllmConfig that others made and that was not tested with capture."""
+    _check_runner(config)
     _check_tested(vars(config.parallel_config))
     if config.speculative_config is not None:
         _check_drafts(config.speculative_config.method)
@@ -128,6 +146,15 @@ def check_config(config: Any) -> None:
         raise CaptureError(
             f"vLLM's logprobs_mode={config.model_config.logprobs_mode} leaves no log-probabilities under the model itself, "
             f"which are stored: leave it at raw_logprobs"
+        )
+
+
+def _check_runner(config: Any) -> None:
+    runner, tested = "V2" if config.use_v2_model_runner else "V1", _tested_runners()
+    if runner not in tested:
+        raise CaptureError(
+            f"this version of vLLM was not tested with capture on its {runner} model runner, only on "
+            f"{' and '.join(tested)}: start it with VLLM_USE_V2_MODEL_RUNNER={int(tested[0] == 'V2')}"
         )
 
 
@@ -185,7 +212,9 @@ def start(request: Request, options: dict[str, Any], ring_rows: int, dense: bool
         **TAP_ARGUMENTS,
         **options,
     )
+    choose_runner()
     config = arguments.create_engine_config()
+    _check_runner(config)
     scheduler = config.scheduler_config
     drafts = config.speculative_config.num_speculative_tokens if config.speculative_config else 0
     prompt_rows = len(wanted(request.positions, request.tokens, request.max_length).prompt)
