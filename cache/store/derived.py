@@ -55,9 +55,7 @@ def cells_of(table: "pyarrow.Table") -> dict[int, tuple[Sequence[int], int]]:
 def _derived_chunks_of(path: Path, layout: Layout, commit: Commit) -> dict[str, bytes]:
     name = layout.samples_file(commit.shard)
     raw = read_checked(path, name, commit.files[name], [commit.shard])
-    return derived_chunks(
-        layout, commit, cells_of(decode(raw, path / name, ["slot", "token_index", "prompt_length"]))
-    )  # fmt: skip
+    return derived_chunks(layout, commit, cells_of(decode(raw, path / name, ["slot", "token_index", "prompt_length"])))
 
 
 def differs(path: Path, name: str, data: bytes) -> bool:

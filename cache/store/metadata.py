@@ -47,9 +47,7 @@ def arrays(layout: Layout, shards: int, token_shards: int) -> dict[str, dict[str
         }
         for site, file in layout.token_files.items():
             layers = file.outer[:-1]
-            documents |= _activations(
-                f"{TOKENS}/", site, file, (*layers, K), (*layers, K * token_shards), ("token",)
-            )  # fmt: skip
+            documents |= _activations(f"{TOKENS}/", site, file, (*layers, K), (*layers, K * token_shards), ("token",))
     return documents
 
 

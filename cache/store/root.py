@@ -133,9 +133,7 @@ def read_root(path: Path) -> Root:
     facts = check_signed(facts, str(file))
     try:
         coverage = Coverage.from_json(facts["coverage"])
-        layout = Layout(
-            coverage, facts["shard_samples"], facts.get("chunk_tokens", 0), facts.get("shard_tokens", 0)
-        )  # fmt: skip
+        layout = Layout(coverage, facts["shard_samples"], facts.get("chunk_tokens", 0), facts.get("shard_tokens", 0))
         arrays = document["consolidated_metadata"]["metadata"]
         root = Root(
             facts["identity"],

@@ -138,9 +138,7 @@ class Spans:
                 number, row = divmod(span.start + span.handed, self._layout.shard_tokens)
                 shard = self._shard(number)
                 if shard is not None:
-                    piece = TokenPiece(
-                        span, shard, row, min(span.rest, self._layout.shard_tokens - row), span.handed
-                    )  # fmt: skip
+                    piece = TokenPiece(span, shard, row, min(span.rest, self._layout.shard_tokens - row), span.handed)
                     shard.buffer.clear(piece.rows)
                     span.handed += piece.count
                     return piece

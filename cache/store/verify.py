@@ -191,9 +191,7 @@ def _check_token_shard(path: Path, layout: Layout, shard: int, commits: list[Com
     for site, full in layout.token_files.items():
         names = layout.token_data_file(site, shard), layout.token_row_crc_file(site, shard)
         file = replace(full, columns=vouching[0].token_shards[shard])
-        yield from check_file(
-            path, *names, file, vouching[0], lambda chunk: by_column[chunk % len(by_column)]
-        )  # fmt: skip
+        yield from check_file(path, *names, file, vouching[0], lambda chunk: by_column[chunk % len(by_column)])
 
 
 def _check_shard(path: Path, layout: Layout, commit: Commit) -> Iterator[Problem]:
