@@ -24,6 +24,14 @@ Reference = Callable[[Sequence[int]], dict[str, np.ndarray]]
 # In float32. Twice what rounding was seen to do in any row of any scheduling.
 TOLERANCE = 1e-4
 
+# At most 64 tokens a step: prompts of up to 170 tokens come in parts, mixed with decoding.
+CHUNKED = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+# 12 blocks of 32 tokens for several prompts at once, which are let in before all of their blocks are free: the youngest
+# are thrown out again, in the middle of their prompts or of their answers.
+PREEMPTED = CHUNKED | {
+    "block_size": 32, "num_gpu_blocks_override": 12, "scheduler_reserve_full_isl": False, "long_prefill_token_threshold": 16,
+}  # fmt: skip
+
 
 @contextmanager
 def running(job: Job) -> Iterator[VllmEngine]:
@@ -44,8 +52,25 @@ def running(job: Job) -> Iterator[VllmEngine]:
         vllm.envs.disable_envs_cache()  # the next engine reads the environment again
 
 
+def core_of(engine: VllmEngine):
+    return engine._engine.engine_core.engine_core
+
+
 def scheduler_of(engine: VllmEngine):
-    return engine._engine.engine_core.engine_core.scheduler
+    return core_of(engine).scheduler
+
+
+def count_preemptions(engine: VllmEngine) -> list[str]:
+    """A list that grows by the request's id whenever vLLM throws a request out of the batch."""
+    scheduler, thrown_out = scheduler_of(engine), []
+    preempt = scheduler._preempt_request
+
+    def count(request, *args, **kwargs):
+        thrown_out.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = count
+    return thrown_out
 
 
 def worker_of(engine: VllmEngine):

@@ -9,21 +9,23 @@ from hiddenlake.cache.job import plan_job
 from hiddenlake.cache.positions import PAPER, POOLS
 from hiddenlake.cache.samples import Question
 
-from .captures import TOLERANCE, assert_greedy, capture_all, logprobs_of, recorder_of, running, worst_errors
+from .captures import (
+    CHUNKED,
+    PREEMPTED,
+    TOLERANCE,
+    assert_greedy,
+    capture_all,
+    logprobs_of,
+    recorder_of,
+    running,
+    worst_errors,
+)
 from .conftest import COUNTRIES, SITES, ListTask, make_task
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 N = 12
 POSITIONS = (*PAPER, "0", "40", "-60", *POOLS)
-
-# At most 64 tokens a step: prompts of up to 170 tokens come in parts, mixed with decoding.
-CHUNKED = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
-# 12 blocks of 32 tokens for several prompts at once, which are let in before all of their blocks are free: the youngest
-# are thrown out again, in the middle of their prompts or of their answers.
-PREEMPTED = CHUNKED | {
-    "block_size": 32, "num_gpu_blocks_override": 12, "scheduler_reserve_full_isl": False, "long_prefill_token_threshold": 16,
-}  # fmt: skip
 
 
 def make_pairs() -> ListTask:
