@@ -1,7 +1,7 @@
 """Packed rows: whatever part of them a capture holds goes to its own place."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hiddenlake.cache.rows import put_rows, tap_table
@@ -16,7 +16,6 @@ def width(site: str) -> int:
     return WIDTHS[ALL_SITES[site].width]
 
 
-@settings(deadline=None)
 @given(
     tapped=st.sets(st.integers(0, N_LAYERS - 1), min_size=1),
     sites=st.sets(st.sampled_from(SITES), min_size=1),

@@ -140,7 +140,7 @@ def cases(draw) -> Case:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases(), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.booleans(), st.integers(0, 10_000))
 def test_kernel_and_reference_are_the_loop(device, case, dtype, out_dtype, residual, seed):
     arguments = tensors(case, dtype, out_dtype, residual, seed)

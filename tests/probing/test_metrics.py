@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from hiddenlake.probing.metrics import auroc, bootstrap_interval, delong_interval
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 100_000), n=st.integers(2, 80), columns=st.integers(1, 4), values=st.integers(1, 50))
 def test_auroc_is_exact_with_ties(seed, n, columns, values):
     rng = np.random.default_rng(seed)
@@ -30,7 +30,7 @@ def naive_delong(positives, negatives):
     return kernel.mean(), kernel.mean(1).var(ddof=1) / len(positives) + kernel.mean(0).var(ddof=1) / len(negatives)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 100_000), n1=st.integers(2, 30), n0=st.integers(2, 30), values=st.integers(2, 40))
 def test_delong_is_the_variance_of_the_placements(seed, n1, n0, values):
     rng = np.random.default_rng(seed)

@@ -107,7 +107,7 @@ def test_the_certificate_is_the_fenchel_gap():
     assert at.objective[0] - dual == pytest.approx(at.gap_bound[0], rel=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     n=st.integers(12, 60),

@@ -10,7 +10,7 @@ from hiddenlake.probing.controls import shuffle_labels
 from hiddenlake.probing.splits import make_folds
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 1000), n=st.integers(60, 200), n_groups=st.integers(30, 200), cv=st.integers(2, 5))
 def test_folds_hold_whole_groups_whatever_the_order(seed, n, n_groups, cv):
     rng = np.random.default_rng(seed)

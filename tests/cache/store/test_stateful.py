@@ -158,4 +158,4 @@ class Writers(RuleBasedStateMachine):
 @pytest.mark.parametrize("kind", ["cells", "both", "tokens"])
 def test_writers_in_any_order(tiny, assert_holds, kind):
     machine = type("Machine", (Writers,), {"tiny": tiny, "assert_holds": staticmethod(assert_holds), "kind": kind})
-    run_state_machine_as_test(machine, settings=settings(max_examples=8, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=8, stateful_step_count=30))

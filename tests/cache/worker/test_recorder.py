@@ -94,7 +94,7 @@ scenario = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(scenario)
 def test_every_kept_row_is_its_own_tokens(tmp_path_factory, scenario):
     chance = np.random.default_rng(scenario["seed"])

@@ -84,7 +84,7 @@ def run(model: Model, chance: Random, steps: int) -> None:
         model.check(slots)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 25), eagerness=st.sampled_from([0.0, 0.3, 0.7, 0.97]))
 def test_every_row_comes_home(seed, steps, eagerness):
     with LazyDevice(seed, eagerness) as device:
@@ -140,7 +140,7 @@ def test_a_tap_that_does_not_fire_leaves_nan(seed):
             model.ring.give_back(slots)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     scenario=test_recorder.scenario,
     seed=st.integers(0, 2**32 - 1),

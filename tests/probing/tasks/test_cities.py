@@ -171,10 +171,10 @@ def test_a_thousand_judgements_take_less_than_a_second(task: CitiesTask) -> None
     answers = [f"The city of {q.group} is located in {q.wrong_answers[q.index % 300]}.{tail}" for q in task.questions]
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         for q, answer in zip(task.questions, answers, strict=True):
             task.judge(q, answer)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 1
 
 
