@@ -11,7 +11,7 @@ from typing import Any
 from hiddenlake.cache.engines.base import Engine, Request
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.estimate import Estimate, estimate
-from hiddenlake.cache.identity import Sampling
+from hiddenlake.cache.identity import GREEDY, Sampling
 from hiddenlake.cache.job import GIB, Job, plan_job
 from hiddenlake.cache.placing import Placed, make_sample
 from hiddenlake.cache.samples import Failure, Generation, Prompt, Sample, Task
@@ -75,7 +75,7 @@ def capture(
     engine: str = "vllm",
     dtype: str | None = None,
     max_new_tokens: int = 100,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     samples: int = 1,
     lora: str | None = None,
     ring_bytes: int = 2 * GIB,

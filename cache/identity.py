@@ -66,6 +66,9 @@ class Sampling:
         return chosen or "greedy"
 
 
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """How answers come about: part of the value identity.
@@ -75,7 +78,7 @@ class Decoding:
     """
 
     max_new_tokens: int | None = 100
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 0:

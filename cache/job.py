@@ -9,7 +9,7 @@ from typing import Any
 from hiddenlake.cache import positions as rules
 from hiddenlake.cache.engines.base import Request
 from hiddenlake.cache.errors import BadInputError
-from hiddenlake.cache.identity import Decoding, Identity, Sampling, sample_key
+from hiddenlake.cache.identity import GREEDY, Decoding, Identity, Sampling, sample_key
 from hiddenlake.cache.model import Model, hash_weights, load_model
 from hiddenlake.cache.samples import Prompt, Question, Task
 from hiddenlake.cache.sites import SITES, parse_layers, parse_sites
@@ -43,7 +43,7 @@ def plan_job(
     positions: str | Sequence[str | int] = "paper",
     dtype: str | None = None,
     max_new_tokens: int = 100,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     samples: int = 1,
     lora: str | os.PathLike[str] | None = None,
     ring_bytes: int = 2 * GIB,
