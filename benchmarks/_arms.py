@@ -7,7 +7,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,15 +44,24 @@ class Arm:
     """One child process.
 
     python : of the environment that it runs in.  script : in arms/.  spec : JSON, its first line.
-    log : file for what it prints.
+    log : file for what it prints.  variables : of its environment, where they differ from ENVIRONMENT; None for unset.
     """
 
-    def __init__(self, name: str, python: str | Path, script: str, spec: dict[str, Any], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        python: str | Path,
+        script: str,
+        spec: dict[str, Any],
+        log: Path,
+        variables: Mapping[str, str | None] | None = None,
+    ) -> None:
         self.name, self._log = name, log
         self._ready = self._closed = False
         # answers have a pipe of their own, since libraries print to stdout
         read, write = os.pipe()
         self._answers = os.fdopen(read)
+        environment = {**os.environ, **ENVIRONMENT, **(variables or {})}
         with log.open("w") as file:
             self._process = subprocess.Popen(
                 [str(python), str(SCRIPTS / script), str(write)],
@@ -60,7 +69,7 @@ class Arm:
                 stdout=file,
                 stderr=file,
                 text=True,
-                env={**os.environ, **ENVIRONMENT},
+                env={name: value for name, value in environment.items() if value is not None},
                 pass_fds=[write],
                 start_new_session=True,  # its children end with it
             )
@@ -101,6 +110,10 @@ class Arm:
         # the first line that looks like the end of a traceback: engines go on to print what followed from it
         cause = re.search(r"\b[\w.]*(?:Error|Exception): .+", self._log.read_text(errors="replace"))
         return ArmError(self, f"{what}: {cause[0] if cause else 'it left no cause'}")
+
+    def log_tail(self) -> str:
+        """The end of what it printed."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-60:])
 
     def close(self) -> None:
         if self._closed:

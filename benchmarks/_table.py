@@ -80,16 +80,18 @@ def spread(ours: Sequence[float], rival: Sequence[float]) -> tuple[float, float 
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    print("| what | unit | hiddenlake | compared with | ratio (90 %) | wall | goal |")
-    print("|---|---|---|---|---|---|---|")
+    """As Markdown; below it, one line says what each kind of row means."""
+    print("| what | unit | hiddenlake | compared with | ratio (90 %) | wall | goal | note |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         values = [row.case, row.unit, _number(row.ours), f"{_number(row.rival)} {row.rival_name}".strip()]
         interval = "" if row.ratio_low is None else f" ({_ratio(row.ratio_low)} to {_ratio(row.ratio_high)})"
-        values += [_ratio(row.ratio) + interval, _ratio(row.wall_ratio), _goal(row)]
+        values += [_ratio(row.ratio) + interval, _ratio(row.wall_ratio), _goal(row), row.note]
         print(f"| {' | '.join(values)} |")
     print()
-    for line in dict.fromkeys(f"- {row.case}, {row.unit}, {row.rival_name}: {row.means}. {row.note}" for row in rows):
-        print(line.rstrip(". ") + ".")
+    for means in dict.fromkeys(row.means for row in rows if row.means):
+        pairs = dict.fromkeys(f"{row.case} / {row.rival_name}" for row in rows if row.means == means)
+        print(f"- {'; '.join(pairs)}: {means}.")
 
 
 def write_json(file: Path, rows: Sequence[Row], machine: dict[str, Any]) -> None:

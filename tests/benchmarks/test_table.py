@@ -40,8 +40,8 @@ def test_the_table_and_its_json(tmp_path, capsys):
     row = compare("case", "CPU s", [5.0] * 3, [100.0] * 3, "rival", goal=1 / 18, means="what it means")
     print_table([row])
     printed = capsys.readouterr().out
-    assert "| case | CPU s | 5 | 100 rival | 1/20.0 (1/20.0 to 1/20.0) |  | 1/18.0: met |" in printed
-    assert printed.rstrip().endswith("- case, CPU s, rival: what it means.")
+    assert "| case | CPU s | 5 | 100 rival | 1/20.0 (1/20.0 to 1/20.0) |  | 1/18.0: met |  |" in printed
+    assert printed.rstrip().endswith("- case / rival: what it means.")
     write_json(tmp_path / "rows.json", [row], {"cpu": "x"})
     written = json.loads((tmp_path / "rows.json").read_text())
     assert written["machine"] == {"cpu": "x"} and written["rows"][0]["ratio"] == pytest.approx(0.05)

@@ -1,0 +1,58 @@
+"""The device of a benchmark: what it is, and how fast bytes come home from it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _table import machine
+from gather import about
+
+from hiddenlake.cache.rows import TapTable
+from hiddenlake.cache.worker.staging import make_staging
+
+_COPIED = 1 << 29  # bytes: far beyond what a launch costs
+_STEPS = 40
+
+
+def facts() -> dict[str, Any]:
+    """Of the machine and its versions, GPU and driver first."""
+    import vllm
+
+    known = machine("transformers", "zarr")
+    known["versions"] |= {"vllm": vllm.__version__}
+    return about() | {"device_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)} | known
+
+
+def link_bandwidth() -> float:
+    """Bytes a second of one large copy from the device into pinned memory."""
+    source = torch.empty(_COPIED, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty(_COPIED, dtype=torch.uint8, pin_memory=True)
+    return _COPIED / _seconds(lambda: target.copy_(source, non_blocking=True))
+
+
+def staging_bandwidth(table: TapTable, rows: int) -> float:
+    """Bytes a second of steps whose rows go home by hiddenlake's staging, one behind the other, without a model."""
+    buffers, staging = make_staging(rows, 4 * rows, table, torch.bfloat16, torch.device("cuda"))
+
+    def steps() -> None:
+        for _ in range(_STEPS):
+            slots = staging.ring.take(rows)
+            staging.begin(list(range(rows)), slots)
+            staging.collect()
+            staging.ring.give_back(slots)
+        torch.cuda.current_stream().wait_event(staging.mark())
+
+    return _STEPS * rows * len(table) * buffers.out.itemsize / _seconds(steps)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Device seconds of one call, after one that is not counted."""
+    work()
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
