@@ -6,6 +6,7 @@ itself, because the next fused norm overwrites both in place.
 
 import torch
 
+from hiddenlake.cache.errors import CaptureError
 from hiddenlake.cache.families import Family
 from hiddenlake.cache.rows import TapTable
 from hiddenlake.cache.worker.hooks import Write, install_hook
@@ -72,6 +73,11 @@ def install(model: torch.nn.Module, family: Family, table: TapTable, buffers: Ta
 
 def _writer(buffers: TapBuffers, offset: int, width: int) -> Write:
     def write(hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
+        if hidden.shape[-1] != width:  # a wider one would run into the next tap's place
+            raise CaptureError(
+                f"a tap for {width} values a token was given {hidden.shape[-1]}: the model's config names other widths "
+                f"than vLLM computes with; correct the config"
+            )
         # The op's dispatch costs 20 microseconds on a CPU, more than the copy; a graph needs the op.
         if not torch.compiler.is_compiling() and buffers.straight is not None:
             row, slot, n = buffers.straight

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
+from hiddenlake.cache.errors import CaptureError
 from hiddenlake.cache.worker.taps import TapBuffers, _writer
 
 LAYERS, WIDTH, SLOTS = 3, 64, 17
@@ -59,3 +60,12 @@ def test_a_compiled_tap_writes_into_its_buffer(functionalization):
     # a copy would be a buffer of the graph's own
     written = re.findall(r"hiddenlake\.tap\.default\(.*, (\S+), \d+\)", code)
     assert len(written) == 2 * LAYERS and len(set(written)) == 1 and written[0].startswith("arg"), written
+
+
+@pytest.mark.parametrize("width", [WIDTH - 1, WIDTH + 1])
+def test_a_tap_of_another_width_raises(width):
+    buffers = TapBuffers(8, torch.full((SLOTS, 2 * WIDTH), torch.nan), torch.arange(0, 2 * WIDTH, WIDTH))
+    buffers.set(torch.tensor([1, 3]), torch.tensor([7, 9]))
+    with pytest.raises(CaptureError, match=f"for {WIDTH} values a token was given {width}"):
+        _writer(buffers, 0, WIDTH)(torch.ones(5, width), None)
+    assert buffers.out.isnan().all()
