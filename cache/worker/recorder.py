@@ -1,5 +1,6 @@
 """Recorder: which row belongs to which token of which sample, from the first prefill to the shard."""
 
+import threading
 import traceback
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
@@ -32,8 +33,9 @@ class Book:
         so a token that is computed again (preemption, rejected drafts) lands where it was.
     tokens : token indices to keep, ascending; None for what `want` says.
     end : no token from here on is kept.
-    storing : from when the driver has said where the rows go, nothing moves any more.
+    storing : from when the driver has said where the rows go, nothing is added any more.
     cause : why the sample cannot be stored, once something went wrong.
+    lock : held while rows are read, moved or freed: a thread of its own reads them.
     """
 
     prompt_length: int
@@ -44,6 +46,7 @@ class Book:
     pools: PromptPools | None = None
     storing: bool = False
     cause: str | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def kept(self, start: int, stop: int) -> Iterable[int]:
         """Those of the tokens start .. stop-1 that are kept, ascending."""
@@ -162,7 +165,7 @@ class Recorder:
                     self.recomputed += 1
                 elif token in book.slots:  # it was spilled, and is computed again
                     self.recomputed += 1
-                    self.spill.free([-1 - slot])
+                    self.spill.free([-1 - book.slots.pop(token)])
                     slot = -1
                 if slot < 0:
                     new.append((book, token))
@@ -172,9 +175,6 @@ class Recorder:
         if taken is None:
             for book, _, _ in found:
                 book.cause = f"the ring was full: it has {len(self.bits)} rows"
-                for token, slot in list(book.slots.items()):
-                    if slot < 0:
-                        del book.slots[token]
             return [], np.empty(0, np.int64)
         if len(new) == len(slots):
             chosen = taken
@@ -193,15 +193,12 @@ class Recorder:
         for book in self.books.values():
             if self.ring.free >= n:
                 return
-            if book.storing:
-                continue
-            held = [(token, slot) for token, slot in book.slots.items() if slot >= 0]
-            if not held:
-                continue
-            slots = [slot for _, slot in held]
-            numbers = self.spill.write(self.bits[slots])
-            book.slots.update((token, -1 - number) for (token, _), number in zip(held, numbers, strict=True))
-            self.ring.give_back(slots)
+            with book.lock:
+                held = [(token, slot) for token, slot in book.slots.items() if slot >= 0]
+                slots = [slot for _, slot in held]
+                numbers = self.spill.write(self.bits[slots])
+                book.slots.update((token, -1 - number) for (token, _), number in zip(held, numbers, strict=True))
+                self.ring.give_back(slots)
             self.spilled += len(slots)
 
     def _pool(self) -> None:
@@ -255,9 +252,11 @@ class Recorder:
     def drop(self, key: str) -> None:
         """Forget a sample and free its rows."""
         if book := self.books.pop(key, None):
-            self.ring.give_back([slot for slot in book.slots.values() if slot >= 0])
-            if self.spill is not None:
-                self.spill.free([-1 - slot for slot in book.slots.values() if slot < 0])
+            with book.lock:
+                slots, book.slots = book.slots.values(), {}
+                self.ring.give_back([slot for slot in slots if slot >= 0])
+                if self.spill is not None:
+                    self.spill.free([-1 - slot for slot in slots if slot < 0])
         for request_id in [r for r, (k, _) in self._book_of.items() if k == key]:
             del self._book_of[request_id]
 
@@ -266,14 +265,15 @@ class Recorder:
         book = self.books.get(key)
         if book is None:
             return "the worker has seen no request of this sample"
-        if book.cause is not None:
-            return book.cause
-        missing = sorted({token for token in tokens if token not in book.slots})
-        if missing:
-            return f"tokens {missing[:10]} were never captured"
-        slots = np.array([book.slots[token] for token in tokens], np.int64)
-        spilled = np.flatnonzero(slots < 0)
-        rows = self.bits[np.maximum(slots, 0)]
-        if len(spilled):
-            rows[spilled] = self.spill.read((-1 - slots[spilled]).tolist())
-        return rows
+        with book.lock:
+            if book.cause is not None:
+                return book.cause
+            missing = sorted({token for token in tokens if token not in book.slots})
+            if missing:
+                return f"tokens {missing[:10]} were never captured"
+            slots = np.array([book.slots[token] for token in tokens], np.int64)
+            spilled = np.flatnonzero(slots < 0)
+            rows = self.bits[np.maximum(slots, 0)]
+            if len(spilled):
+                rows[spilled] = self.spill.read((-1 - slots[spilled]).tolist())
+            return rows

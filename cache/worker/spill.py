@@ -1,5 +1,6 @@
 """Spill: a scratch file for rows that the ring has no place for. Nothing is dropped."""
 
+import errno
 import os
 import tempfile
 
@@ -26,17 +27,22 @@ class Spill:
     def write(self, rows: np.ndarray) -> list[int]:
         """Keep rows, (row, element). Returns their numbers. Raises CaptureError when the disk is full."""
         numbers = []
-        for row in rows:
-            number = self._free.pop() if self._free else self._rows
-            try:
-                done = os.pwrite(self._file.fileno(), memoryview(row).cast("B"), number * self._row.itemsize)
-            except OSError as error:
-                raise CaptureError(f"{self._folder}: rows could not be spilled ({error.strerror}): free some space") from error
-            if done != self._row.itemsize:
-                raise CaptureError(f"{self._folder}: rows could not be spilled (the disk is full): free some space")
-            self._rows = max(self._rows, number + 1)
-            numbers.append(number)
+        try:
+            for row in rows:
+                numbers.append(self._take())
+                done = os.pwrite(self._file.fileno(), memoryview(row).cast("B"), numbers[-1] * self._row.itemsize)
+                if done != self._row.itemsize:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.free(numbers)
+            raise CaptureError(f"{self._folder}: rows could not be spilled ({error.strerror}): free some space") from error
         return numbers
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        self._rows += 1
+        return self._rows - 1
 
     def read(self, numbers: list[int]) -> np.ndarray:
         """(row, element) of the numbers."""

@@ -13,8 +13,11 @@ import hiddenlake
 from hiddenlake.cache.capture import Summary, run_job, start_engine
 from hiddenlake.cache.engines.vllm import VllmEngine
 from hiddenlake.cache.job import Job
+from hiddenlake.cache.placing import make_sample
 from hiddenlake.cache.positions import POOLS
 from hiddenlake.cache.samples import Generation
+from hiddenlake.cache.shelf import Shelf
+from hiddenlake.cache.store.writer import open_writer
 
 from .conftest import relative_error
 
@@ -149,3 +152,26 @@ def logprobs_of(sample: dict, reference: Reference) -> tuple[np.ndarray, np.ndar
     logits = reference(ids)["logits"][q - 1 : -1].astype(np.float64)
     logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     return logprobs.max(-1), logprobs[np.arange(len(ids) - q), ids[q:]]
+
+
+def store(job: Job, engine: VllmEngine, answers: dict[str, Generation], out: Path):
+    """Store what `generate` gave, all or some of it, and open the capture."""
+    prompts = {prompt.key: prompt for prompt in job.prompts}
+    model = job.request.model
+    finished = []
+    for key, generation in answers.items():
+        text = model.decode_answer(generation.answer_ids) if generation.text is None else generation.text
+        judgement = job.task.judge(prompts[key].question, text)
+        finished.append(make_sample(model, job.coverage, prompts[key], generation, text, judgement))
+    with open_writer(
+        out,
+        identity=job.identity.to_json(),
+        coverage=job.coverage,
+        provenance=engine.provenance,
+        planned=len(job.prompts),
+    ) as writer:
+        assert len(writer.reserve(list(answers), len(answers))) == len(answers)
+        shelf = Shelf(engine, writer)
+        settled = [*shelf.place(finished), *shelf.wait()]
+        assert [cause for _, _, cause in settled] == [None] * len(answers)
+    return hiddenlake.open_capture(out)
