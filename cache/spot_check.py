@@ -25,6 +25,10 @@ from hiddenlake.cache.store.reader import Capture
 # 0.02 in the median; vLLM is as far from it.
 TOLERANCE = {"float32": (1e-4, 1e-5), "bfloat16": (0.35, 0.03)}
 
+# A token that rounding sends to other experts has other values altogether, as happens to 0.5 % of the rows of Hugging
+# Face itself (bfloat16 beside float32, up to 1.2 in small models): there the median decides.
+_ROUTED_WORST = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class SpotCheck:
@@ -90,6 +94,8 @@ def spot_check(capture: Capture, model: str | os.PathLike[str], samples: int, se
     engine.close()
     every = np.concatenate(errors)
     worst, median = TOLERANCE[source.dtype]
+    if source.dtype == "bfloat16" and "mlp_act" not in source.family.sites:
+        worst = _ROUTED_WORST
     result = SpotCheck(len(chosen), every.size, float(every.max()), float(np.median(every)), worst, median)
     with suppress(StoreError):
         write_atomic(capture.path / "spot_check.json", to_json_bytes(result.to_json()))
