@@ -47,7 +47,7 @@ class DeviceStaging:
 
     def __init__(self, buffers: TapBuffers, ring: Ring) -> None:
         self.buffers, self.ring = buffers, ring
-        self._halves = buffers.out.chunk(2)
+        self._halves = buffers.out.view(2, len(buffers.rows), buffers.out.shape[1])
         self._parity = 0
         self._slots = np.empty(0, np.int64)
         self._copies = torch.cuda.Stream(buffers.out.device)
@@ -78,7 +78,7 @@ class DeviceStaging:
         n = len(self._slots)
         if n == 0:
             return
-        half = self._halves[self._parity][:n]
+        half = self._halves[self._parity, :n]
         self._copies.wait_stream(torch.cuda.current_stream(half.device))
         with torch.cuda.stream(self._copies):
             for place, slot, length in runs(self._slots):
