@@ -10,6 +10,7 @@ from serve import expect, serve
 from hiddenlake.cache.capture import Summary, run_job, start_engine
 from hiddenlake.cache.job import Job, plan_job
 from hiddenlake.cache.samples import Judgement, Question
+from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.reader import Capture, open_capture
 
 Rows = dict[str, list[float]]
@@ -76,7 +77,7 @@ class Hiddenlake:
         """How many (sample, position) there are, and the first prompt's last row of each site."""
         cells = sum(index >= 0 for indices in capture.samples()["token_index"].to_pylist() for index in indices)
         return cells, {
-            site: capture.read(site, layer, "last_q", 0, dtype="float32").tolist() for site in capture.coverage.sites
+            site: capture.read(site, layer, "last_q", 0, dtype="float32").tolist() for site in _layered(capture)
         }
 
     def _tokens(self, capture: Capture, layer: int) -> tuple[int, Rows]:
@@ -87,8 +88,12 @@ class Hiddenlake:
         last = samples["prompt_length"][0].as_py() - 1
         return sum(lengths), {
             site: capture.read_tokens(site, layer, 0, dtype="float32").values[last].tolist()
-            for site in capture.coverage.sites
+            for site in _layered(capture)
         }
+
+
+def _layered(capture: Capture) -> list[str]:
+    return [site for site in capture.coverage.sites if SITES[site].layered]
 
 
 if __name__ == "__main__":

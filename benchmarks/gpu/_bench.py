@@ -22,9 +22,8 @@ ONE_STEP_MORE = "vLLM alone, one more step"
 
 @dataclass(frozen=True)
 class Size:
-    """prompts : of a round, of which BATCH run at once; the first round warms up."""
+    """Of answers; BATCH run at once."""
 
-    prompts: int
     prompt_tokens: int
     new_tokens: int
     rounds: int
@@ -35,7 +34,7 @@ class Capture:
     """What hiddenlake is asked to capture, of all layers.
 
     waiting : batches whose rows the ring holds. More than one, so that a new answer begins while an old one is stored.
-    prompts : of a round, None for all: what all tokens take on the disk.
+    batches : of a round. The last one is stored when there is nothing more to generate, so that few measure that.
     goal : of throughput, over vLLM's alone.
     """
 
@@ -43,7 +42,7 @@ class Capture:
     sites: tuple[str, ...]
     positions: tuple[str, ...]
     waiting: float
-    prompts: int | None = None
+    batches: int
     goal: float | None = None
 
     def table(self, shape: Shape) -> TapTable:
@@ -116,24 +115,22 @@ class Bench:
         return arm
 
     def measure(self, capture: Capture, ours: Arm, vllm: Arm) -> dict[str, list[Cost]]:
-        """What each did in each round: hiddenlake, vLLM, and vLLM with answers one token longer."""
+        """What each did in each round: hiddenlake, vLLM, and vLLM with answers one token longer. A batch warms up."""
         cases = [(capture.name, ours, 0), (VLLM, vllm, 0), (ONE_STEP_MORE, vllm, 1)]
         costs: dict[str, list[Cost]] = {name: [] for name, *_ in cases}
-        for r in range(-1, self.size.rounds):
-            for name, arm, more in in_rotation(cases, max(0, r)):
-                cost = self._ask(name, arm, capture.prompts, more)
-                if r >= 0:
-                    costs[name].append(cost)
-            if r < 0:
-                continue
+        for name, arm, more in cases:
+            self._ask(name, arm, BATCH, more)
+        for r in range(self.size.rounds):
+            for name, arm, more in in_rotation(cases, r):
+                costs[name].append(self._ask(name, arm, capture.batches * BATCH, more))
             self.written.append(disk_bandwidth(self.folder))
             now = ", ".join(f"{name} {of[-1].tokens:,.0f}" for name, of in costs.items())
             print(f"round {r + 1} of {self.size.rounds}, tokens/s: {now}", file=sys.stderr)
         return costs
 
-    def _ask(self, name: str, arm: Arm, count: int | None, more: int) -> Cost:
+    def _ask(self, name: str, arm: Arm, count: int, more: int) -> Cost:
         self._asked += 1
-        texts = prompts(self.shape, self._asked, count or self.size.prompts, self.size.prompt_tokens)
+        texts = prompts(self.shape, self._asked, count, self.size.prompt_tokens)
         ids = [[int(word[1:]) for word in text.split()] for text in texts]
         length = self.size.new_tokens + more
         answer = arm.ask({"texts": texts, "ids": ids, "max_new_tokens": length, "batch": BATCH, "layer": 0})

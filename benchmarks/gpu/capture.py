@@ -1,10 +1,11 @@
 """What capture costs on a GPU, and whether CUDA graphs leave its values as they are.
 
-    python benchmarks/gpu/capture.py [--quick] [--small] [--rounds N] [--runner v1|v2] [--folder DIR] [--json FILE]
+    python benchmarks/gpu/capture.py [--quick] [--small] [--captures NAME,...] [--rounds N] [--runner v1|v2]
+                                     [--folder DIR] [--json FILE]
     python benchmarks/gpu/capture.py --check [--json FILE]
 
-A Llama-3.1-8B shape with random weights (load_format="dummy": nothing is downloaded) answers 512 prompts of 64 tokens,
-256 at once, with 128 tokens each (--quick: 256 prompts, 64 tokens, one site only), CUDA graphs on. vLLM as it is
+A Llama-3.1-8B shape with random weights (load_format="dummy": nothing is downloaded) answers prompts of 64 tokens,
+256 at once, with 128 tokens each, CUDA graphs on (--quick: few prompts, 64 tokens, one site only). vLLM as it is
 shipped and hiddenlake have a process and half of the card each; rounds alternate, each with prompts that neither has
 seen. A ratio is of tokens a second by the wall clock, so the GPU must be ours alone. --small takes a shape that any
 GPU holds, to try this out.
@@ -34,12 +35,17 @@ from _table import Row, compare, print_table, write_json
 
 from hiddenlake.cache.model import cache_folder
 
-FULL = Size(prompts=2 * BATCH, prompt_tokens=64, new_tokens=128, rounds=7)
-QUICK = Size(prompts=BATCH, prompt_tokens=64, new_tokens=64, rounds=3)
+FULL = Size(prompt_tokens=64, new_tokens=128, rounds=5)
+QUICK = Size(prompt_tokens=64, new_tokens=64, rounds=3)
 
-ONE_SITE = Capture("1 site, 15 positions", ("mlp_out",), ("paper",), waiting=2.0, goal=0.95)
-FOUR_SITES = Capture("4 sites, 15 positions", ("resid_post", "attn_out", "mlp_in", "mlp_out"), ("paper",), waiting=1.25)
-ALL_TOKENS = Capture("1 site, all tokens", ("mlp_out",), ("all",), waiting=1.25, prompts=BATCH)
+# batches : what a disk of 64 GB holds of one round.  waiting : what 128 GB of memory hold beside two engines.
+CAPTURES = {
+    "one-site": Capture("1 site, 15 positions", ("mlp_out",), ("paper",), waiting=2.0, batches=12, goal=0.95),
+    "four-sites": Capture(
+        "4 sites, 15 positions", ("resid_post", "attn_out", "mlp_in", "mlp_out"), ("paper",), waiting=1.5, batches=3
+    ),
+    "all-tokens": Capture("1 site, all tokens", ("mlp_out",), ("all",), waiting=1.25, batches=1),
+}
 
 VARIABLES = {"v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "v2": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}
 
@@ -55,8 +61,8 @@ def overhead(bench: Bench, capture: Capture, link: float) -> list[Row]:
         error.arm.close()
         return [Row(capture.name, "tokens/s", None, None, VLLM, goal=capture.goal, note=str(error))]
     name, mine = capture.name, costs[capture.name]
-    means = f"all layers of {', '.join(capture.sites)}, fsynced and committed"
-    judged = bench.shape is LLAMA_8B and bench.size.prompts >= FULL.prompts
+    means = f"all layers of {', '.join(capture.sites)}, {capture.batches * BATCH} answers a round, fsynced and committed"
+    judged = bench.shape is LLAMA_8B and bench.size.new_tokens == FULL.new_tokens
     rows = [
         compare(
             name, "tokens/s", rates(mine, "tokens"), rates(costs[rival], "tokens"), rival,
@@ -87,7 +93,7 @@ def overhead(bench: Bench, capture: Capture, link: float) -> list[Row]:
 
 def copies(shape: Shape) -> Row:
     """How near the copies of a step come to the link, when nothing else uses it."""
-    table = ONE_SITE.table(shape)
+    table = CAPTURES["one-site"].table(shape)
     pairs = [(staging_bandwidth(table, BATCH) / 1e9, link_bandwidth() / 1e9) for _ in range(5)]
     return compare(
         f"{BATCH} rows x {len(table) * 2} bytes a step", "GB/s", *map(list, zip(*pairs, strict=True)),
@@ -101,11 +107,15 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare values with and without graphs; no timing")
     parser.add_argument("--quick", action="store_true", help="minutes: one site, fewer and shorter answers")
     parser.add_argument("--small", action="store_true", help="8 layers x 1024 instead of an 8B shape")
+    parser.add_argument("--captures", default=",".join(CAPTURES), help=f"some of {', '.join(CAPTURES)}; default all")
     parser.add_argument("--rounds", type=int, help="rounds of each capture")
     parser.add_argument("--runner", choices=VARIABLES, default="v1", help="vLLM's model runner under capture")
     parser.add_argument("--folder", type=Path, help="where captures are written; default: under the user's cache folder")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
+    names = arguments.captures.split(",")
+    if unknown := sorted(set(names) - set(CAPTURES)):
+        parser.error(f"no capture {', '.join(unknown)}: expected some of {', '.join(CAPTURES)}")
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu/capture.py needs a CUDA device, and torch sees none.")
     home = arguments.folder or cache_folder() / "benchmarks"
@@ -119,13 +129,15 @@ def main() -> None:
             size = QUICK if arguments.quick else FULL
             size = replace(size, rounds=arguments.rounds) if arguments.rounds else size
             shape = SMALL if arguments.small else LLAMA_8B
-            captures = (ONE_SITE,) if arguments.quick else (ONE_SITE, FOUR_SITES, ALL_TOKENS)
+            captures = [CAPTURES[name] for name in names]
+            if arguments.quick:
+                captures = [replace(CAPTURES["one-site"], batches=2)]
             for capture in captures:
                 waiting = capture.ring_bytes(shape, size) / 2**30
                 print(f"{capture.name}: {waiting:.1f} GiB of pinned host memory for waiting rows", file=sys.stderr)
             model = make_model(Path(folder) / "model", shape, weights=False)
             bench = Bench(Path(folder), model, shape, size, VARIABLES[arguments.runner], stack)
-            machine |= {"shape": shape.name, "prompts": size.prompts, "at once": BATCH, "new tokens": size.new_tokens}
+            machine |= {"shape": shape.name, "at once": BATCH, "new tokens": size.new_tokens}
             machine["engines"] = bench.engines
             rows = [copies(shape)]
             link = link_bandwidth()
