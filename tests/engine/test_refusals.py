@@ -31,11 +31,12 @@ print("SAMPLES", len(hiddenlake.open_capture(out)))
 
 SABOTAGES = {
     "patched_out_tap": (
-        "from hiddenlake.cache.worker import taps; taps.gather_rows = lambda *a: None",
+        "from hiddenlake.cache.worker import taps; taps._writer = lambda *a: lambda hidden, residual: None",
         "5 of 5 taps left no values",
     ),
     "one_dead_tap": (
-        "from hiddenlake.cache.worker import taps; taps._HOOKS['mlp_out'] = lambda *a: None",
+        "from hiddenlake.cache.worker import taps; i = taps.install_hook\n"
+        "taps.install_hook = lambda m, f, site, *a: None if site == 'mlp_out' else i(m, f, site, *a)",
         "3 of 5 taps left no values (first: mlp_out 0)",
     ),
     "no_taps_at_load": (
@@ -43,13 +44,13 @@ SABOTAGES = {
         "no taps were installed when the model was loaded",
     ),
     "rows_off_by_one": (
-        "from hiddenlake.cache.worker import recorder as r; m = r.batch_rows\n"
+        "from hiddenlake.cache.worker import rows_v1 as r; m = r.batch_rows\n"
         "r.batch_rows = lambda *a: ((i, row, start + 1, n) for i, row, start, n in m(*a))",
         "the log-probability",
     ),
     "residual_forgotten": (
-        "from hiddenlake.cache.worker import taps; g = taps.gather_rows\n"
-        "taps.gather_rows = lambda h, r, *a: g(h, None, *a)",
+        "from hiddenlake.cache.worker import taps; i = taps.install_hook\n"
+        "taps.install_hook = lambda m, f, s, l, w: i(m, f, s, l, lambda hidden, residual: w(hidden, None))",
         "the log-probability",
     ),
     "last_token_not_fed": (
@@ -114,9 +115,9 @@ def test_compiled_model_captures(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "sentence"),
     [
-        ({"tensor_parallel_size": 2}, CaptureError, "tensor_parallel_size=2 was not tested"),
-        ({"enable_prefix_caching": True}, CaptureError, "enable_prefix_caching=True was not tested"),
-        ({"enable_lora": True}, CaptureError, "enable_lora=True was not tested"),
+        ({"data_parallel_size": 2}, CaptureError, "data_parallel_size=2 was not tested"),
+        ({"speculative_config": {"method": "eagle"}}, CaptureError, "speculative decoding by eagle was not tested"),
+        ({"enable_lora": True}, BadInputError, "enable_lora is set by hiddenlake"),
         ({"max_model_len": 64}, BadInputError, "max_model_len is set by hiddenlake"),
         ({"gpu_memory": 1}, BadInputError, "vLLM has no engine argument gpu_memory"),
     ],

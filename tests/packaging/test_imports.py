@@ -22,7 +22,7 @@ def test_import_hiddenlake_loads_nothing_heavy() -> None:
 
 
 def test_import_hiddenlake_is_quick() -> None:
-    timed = "import time; start = time.perf_counter(); import hiddenlake; print(time.perf_counter() - start)"
+    timed = "import time; start = time.process_time(); import hiddenlake; print(time.process_time() - start)"
     assert min(float(python(timed)) for _ in range(5)) < 0.8
 
 
