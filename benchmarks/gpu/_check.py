@@ -11,7 +11,7 @@ from _arms import Arm, ArmError
 from _model import SMALL, make_model, prompts
 from _table import Row
 
-from hiddenlake.cache.spot_check import TOLERANCE, spot_check
+from hiddenlake.cache.spot_check import spot_check
 from hiddenlake.cache.store.reader import Capture, open_capture
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 40, 64
@@ -20,7 +20,12 @@ _SITES = (
     "resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_act", "mlp_out", "resid_post", "final_norm",
 )  # fmt: skip
 
-# Rounding may change an answer, and what follows is another text.
+# Relative L2 errors in bfloat16: the largest of any row, and the median. Measured in this model: 0.017 and 0.009 between
+# bfloat16 and float32; another token's row is off by 0.26 at least.
+_WORST, _MEDIAN = 0.1, 0.02
+
+# Rounding may change an answer, and what follows is another text. In this model the best token is 1.6 ahead of the next
+# in log-probability, and rounding moves it by 0.02.
 _SAME = 0.9
 
 
@@ -75,8 +80,8 @@ def _replays(runner: str, eager: bool, answer: dict[str, Any]) -> list[Row]:
     right = answer["replays"] == 0 if eager else answer["replays"] >= least and answer["graphs"] == "FULL_AND_PIECEWISE"
     return [
         Row(
-            f"{runner}, {'eager' if eager else 'graphs'}", "replays", float(answer["replays"]), float(least),
-            "none" if eager else "one a decode step, at least", met=right,
+            f"{runner}, {'eager' if eager else 'graphs'}", "replays", float(answer["replays"]), None,
+            "none" if eager else "one a decode step, at least", goal=float(least), met=right,
             note=f"{answer['runner']} runner, {answer['graphs']}, {answer['scheduling']} scheduling",
         )
     ]  # fmt: skip
@@ -100,13 +105,12 @@ def _compared(runner: str, eager: Capture, graphs: Capture) -> list[Row]:
     share = compared / total
     return [
         *_errors(name, float(every.max()), float(np.median(every))),
-        Row(name, "share compared", share, _SAME, "at least", met=share >= _SAME),
+        Row(name, "share compared", share, None, "at least", goal=_SAME, met=share >= _SAME),
     ]
 
 
 def _errors(name: str, worst: float, median: float) -> list[Row]:
-    allowed = zip(("worst", "median"), (worst, median), TOLERANCE["bfloat16"], strict=True)
     return [
-        Row(name, f"relative L2, {which}", found, most, "allowed", met=bool(found <= most))
-        for which, found, most in allowed
+        Row(name, f"relative L2, {which}", found, None, "at most", goal=most, met=bool(found <= most))
+        for which, found, most in (("worst", worst, _WORST), ("median", median, _MEDIAN))
     ]
