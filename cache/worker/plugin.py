@@ -34,7 +34,8 @@ def register() -> None:
         from hiddenlake.cache.worker.install import install_recorder
 
         install_recorder(self, plan)
-        self.__class__ = type(type(self).__name__, (CaptureExtension, type(self)), {})
+        if not isinstance(self, CaptureExtension):  # vLLM leaves an extension in the class, for later workers too
+            self.__class__ = type(type(self).__name__, (CaptureExtension, type(self)), {})
 
     Worker.load_model = load_model_with_taps
     Worker.hiddenlake_tap = hiddenlake_tap
