@@ -33,21 +33,21 @@ class CaptureExtension:
         if recorder is None:
             return {"error": "no taps were installed when the model was loaded"}
         rows = recorder.staging.wait(recorder.staging.mark()) or recorder.rows(key, [token])
-        if isinstance(rows, str):
+        values = None if isinstance(rows, str) else self._floats(rows[0])
+        canary = self.hiddenlake_table.canary
+        stream = None if canary is None or values is None else values[canary.offset : canary.end]
+        logprob = _logprob(self, stream, sampled)  # before anything returns: in it the ranks wait for each other
+        if values is None:
             return {"error": rows}
-        arena = recorder.ring.arena
-        values = torch.from_numpy(rows[0].view(np.int16) if rows.dtype == np.uint16 else rows[0])
-        values = values.view(arena.dtype).float()
         dead, taps = [], list(self.hiddenlake_table.taps())
         for site, layer, offset, width in taps:
             tapped = values[offset : offset + width]
             if not tapped.isfinite().all() or not (tapped != 0).any():
                 dead.append(f"{site} {layer}")
-        canary = self.hiddenlake_table.canary
         return {
             "taps": len(taps),
             "dead": dead,
-            "logprob": None if canary is None else _logprob(self, values[canary.offset : canary.end], sampled),
+            "logprob": logprob,
             "last": not isinstance(recorder.rows(key, [last]), str),
         }
 
@@ -81,6 +81,10 @@ class CaptureExtension:
             "device_bytes": buffers.nbytes if buffers.out.is_cuda else 0,
         }
 
+    def _floats(self, bits: np.ndarray) -> torch.Tensor:
+        values = torch.from_numpy(bits.view(np.int16) if bits.dtype == np.uint16 else bits)
+        return values.view(self._recorder.ring.arena.dtype).float()
+
     @property
     def _recorder(self) -> Recorder:
         assert self.hiddenlake_recorder is not None, "the canary lets no run start without taps"
@@ -88,14 +92,21 @@ class CaptureExtension:
 
 
 @torch.inference_mode()
-def _logprob(worker: Any, stream: torch.Tensor, sampled: int) -> float | None:
+def _logprob(worker: Any, stream: torch.Tensor | None, sampled: int) -> float | None:
     """Log-probability of a token, by the model's own norm and head from the stream leaving its last layer.
 
-    Every rank of the last pipeline stage takes part; with tensor parallelism only the first has the result.
+    stream : (hidden,), or None in a rank that does not have it. Every rank of the last pipeline stage takes part, since
+        each has a part of the head; the others have no result.
     """
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    if not get_pp_group().is_last_rank:
+        return None
     runner = worker.model_runner
     model = runner.get_model()
     norm = model.get_submodule(runner.hiddenlake_family.norm)
-    hidden = norm(stream.to(runner.device, runner.dtype)[None])
-    logits = model.compute_logits(hidden)
+    if stream is None:
+        stream = torch.zeros(runner.model_config.get_hidden_size())
+    stream = get_tp_group().broadcast(stream.to(runner.device, runner.dtype)[None])
+    logits = model.compute_logits(norm(stream))
     return None if logits is None else float(logits[0].float().log_softmax(-1)[sampled])
