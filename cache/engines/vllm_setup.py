@@ -29,8 +29,6 @@ CPU_OPTIONS = {
 
 # Engine arguments that change what is captured or how rows are laid out, and the values that were tested.
 _TESTED = {
-    "tensor_parallel_size": (1,),
-    "pipeline_parallel_size": (1,),
     "data_parallel_size": (1,),
     "prefill_context_parallel_size": (1,),
     "decode_context_parallel_size": (1,),
