@@ -1,5 +1,7 @@
 """The device of a benchmark: what it is, and how fast bytes come home from it."""
 
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +45,31 @@ def staging_bandwidth(table: TapTable, rows: int) -> float:
         torch.cuda.current_stream().wait_event(staging.mark())
 
     return _STEPS * rows * len(table) * buffers.out.itemsize / _seconds(steps)
+
+
+def token_latency(table: TapTable, rows: int) -> tuple[float, float]:
+    """(beside a step's rows on their way home, alone): seconds until the host has a few bytes, as sampled tokens are."""
+    _, staging = make_staging(rows, 4 * rows, table, torch.bfloat16, torch.device("cuda"))
+    tokens = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    home = torch.zeros(rows, dtype=torch.int64, pin_memory=True)
+    stream = torch.cuda.Stream()
+    found = []
+    for busy in (True, False):
+        times = []
+        for _ in range(_STEPS):
+            torch.cuda.synchronize()
+            if busy:
+                slots = staging.ring.take(rows)
+                staging.begin(list(range(rows)), slots)
+                staging.collect()
+                staging.ring.give_back(slots)
+            start = time.perf_counter()
+            with torch.cuda.stream(stream):
+                home.copy_(tokens, non_blocking=True)
+            stream.synchronize()
+            times.append(time.perf_counter() - start)
+        found.append(statistics.median(times))
+    return found[0], found[1]
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -29,7 +29,7 @@ import torch
 from _arms import ArmError
 from _bench import BATCH, ONE_STEP_MORE, VLLM, Bench, Capture, Size, rates
 from _check import check
-from _device import facts, link_bandwidth, staging_bandwidth
+from _device import facts, link_bandwidth, staging_bandwidth, token_latency
 from _model import LLAMA_8B, SMALL, Shape, make_model
 from _table import Row, compare, print_table, write_json
 
@@ -91,15 +91,22 @@ def overhead(bench: Bench, capture: Capture, link: float) -> list[Row]:
     return rows
 
 
-def copies(shape: Shape) -> Row:
-    """How near the copies of a step come to the link, when nothing else uses it."""
+def copies(shape: Shape) -> list[Row]:
+    """How near the copies of a step come to the link when nothing else uses it, and what waits behind them."""
     table = CAPTURES["one-site"].table(shape)
-    pairs = [(staging_bandwidth(table, BATCH) / 1e9, link_bandwidth() / 1e9) for _ in range(5)]
-    return compare(
-        f"{BATCH} rows x {len(table) * 2} bytes a step", "GB/s", *map(list, zip(*pairs, strict=True)),
-        "one large copy into pinned memory (the limit)", less_is_better=False,
-        means="a step's rows of one site, all layers, by hiddenlake's own staging, no model running",
-    )  # fmt: skip
+    case = f"{BATCH} rows x {len(table) * 2} bytes a step"
+    speeds = [(staging_bandwidth(table, BATCH) / 1e9, link_bandwidth() / 1e9) for _ in range(5)]
+    waits = [token_latency(table, BATCH) for _ in range(5)]
+    return [
+        compare(
+            case, "GB/s", *map(list, zip(*speeds, strict=True)), "one large copy into pinned memory (the limit)",
+            less_is_better=False, means="rows of one site, all layers, by hiddenlake's own staging, no model running",
+        ),
+        compare(
+            case, "us", *([1e6 * wait for wait in each] for each in zip(*waits, strict=True)), "without them",
+            means="until the host has a step's sampled tokens, copied beside the rows",
+        ),
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -139,7 +146,7 @@ def main() -> None:
             bench = Bench(Path(folder), model, shape, size, VARIABLES[arguments.runner], stack)
             machine |= {"shape": shape.name, "at once": BATCH, "new tokens": size.new_tokens}
             machine["engines"] = bench.engines
-            rows = [copies(shape)]
+            rows = copies(shape)
             link = link_bandwidth()
             for capture in captures:
                 rows += overhead(bench, capture, link)
