@@ -12,7 +12,7 @@ from hiddenlake.cache.engines.transformers import TransformersEngine
 from hiddenlake.cache.errors import BadInputError, IdentityError, StoreError
 from hiddenlake.cache.identity import Decoding
 from hiddenlake.cache.model import Model, load_model
-from hiddenlake.cache.pools import pool, widen
+from hiddenlake.cache.pools import Pool, widen
 from hiddenlake.cache.positions import ABSENT, POOLED, POOLS, span_of
 from hiddenlake.cache.rows import Block, TapTable
 from hiddenlake.cache.spans import find_window
@@ -117,13 +117,18 @@ def _errors(
         if token == ABSENT:
             continue
         columns.append(p)
-        span = span_of(name, q, n, window) if token == POOLED else None
-        cells.append(widen(rows[[token]])[0] if span is None else pool(POOLS[name][0], rows[span.start : span.stop]))
+        if token != POOLED:
+            cells.append(rows[token])
+            continue
+        function, span = POOLS[name][0], span_of(name, q, n, window)
+        total = Pool((function,))
+        total.add(rows[span.start : span.stop])
+        cells.append(total.result(function))
     errors = []
     for block in table.blocks:
         if columns:
             found = capture.read(block.site, samples=row, dtype="float32")[..., columns, :]
-            errors.append(_relative(found, _of_block(np.stack(cells), block)))
+            errors.append(_relative(found, _of_block(widen(np.stack(cells)), block)))
         if coverage.tokens is not None:
             stored = capture.read_tokens(block.site, samples=row, dtype="float32")
             if len(stored.token_index):

@@ -11,7 +11,7 @@ from hiddenlake.cache.engines import modules
 from hiddenlake.cache.engines.base import Request
 from hiddenlake.cache.errors import BadInputError, CaptureError
 from hiddenlake.cache.filling import fill
-from hiddenlake.cache.pools import PromptPools
+from hiddenlake.cache.pools import PromptPool, blocks
 from hiddenlake.cache.rows import find_fault
 from hiddenlake.cache.samples import Generation, Prompt
 from hiddenlake.cache.worker.plan import Placement
@@ -50,8 +50,8 @@ class TransformersEngine:
             )
         self.table = request.table
         self._queue: list[tuple[Prompt, Sequence[int] | None]] = []
-        # per finished sample: token index -> row, its rows (token, element) as stored bits, and pools of its prompt
-        self._rows: dict[str, tuple[dict[int, int], np.ndarray, PromptPools | None]] = {}
+        # per finished sample: token index -> row, its rows (token, element) as stored bits, and the pool of its prompt
+        self._rows: dict[str, tuple[dict[int, int], np.ndarray, PromptPool | None]] = {}
         self._stored: list[tuple[str, str | None]] = []
         self.provenance = {
             "engine": "transformers",
@@ -89,13 +89,14 @@ class TransformersEngine:
         rows, logprobs = self.teacher_force(sequences, kept, lengths)
         for prompt, tokens, block in zip(prompts, kept, rows, strict=True):
             row_of = {token: row for row, token in enumerate(tokens)}
-            pools = None
+            pool = None
             if pooled:
                 q = len(prompt.token_ids)
-                pools = PromptPools(self._pools(q), prompt.token_ids, self._check)
-                # a fault is found again, and reported, when the sample is stored
-                pools.add(range(q), block[[row_of[token] for token in range(q)]])
-            self._rows[prompt.key] = row_of, block, pools
+                pool = PromptPool(self._pools(q), prompt.token_ids, self._check)
+                for part in blocks(range(q), block.shape[1]):
+                    # a fault is found again, and reported, when the sample is stored
+                    pool.add(part, block[[row_of[token] for token in part]])
+            self._rows[prompt.key] = row_of, block, pool
         return [
             self._generation(p, answer, lp) for p, answer, lp in zip(prompts, answers, logprobs, strict=True)
         ]
@@ -228,12 +229,12 @@ class TransformersEngine:
 
     def store(self, handles: Sequence[dict[str, Any]], placements: Sequence[Placement]) -> list[tuple[str, str | None]]:
         for placement in placements:
-            row_of, block, pools = self._rows[placement.key]
+            row_of, block, pool = self._rows[placement.key]
 
             def rows(tokens: Sequence[int], row_of: dict[int, int] = row_of, block: np.ndarray = block) -> np.ndarray:
                 return block[[row_of[token] for token in tokens]]
 
-            cause = fill(self.table, placement, handles, rows, pools, self._check)
+            cause = fill(self.table, placement, handles, rows, pool, self._check)
             self._stored.append((placement.key, cause))
             if placement.done or cause is not None:
                 del self._rows[placement.key]

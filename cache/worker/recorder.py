@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hiddenlake.cache.pools import Check, PromptPools
+from hiddenlake.cache.pools import Check, PromptPool, blocks
 from hiddenlake.cache.positions import Wanted, parse_positions, wanted
 from hiddenlake.cache.worker.bits import as_bits
 from hiddenlake.cache.worker.plan import (
@@ -43,7 +43,7 @@ class Book:
     tokens: Sequence[int] | None
     end: int
     slots: dict[int, int] = field(default_factory=dict)
-    pools: PromptPools | None = None
+    pool: PromptPool | None = None
     storing: bool = False
     cause: str | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -143,10 +143,10 @@ class Recorder:
                 continue
             if only >= 0:
                 tokens = (only,) if start <= only < start + n else ()
-            elif book.pools is not None and start < book.prompt_length:
+            elif book.pool is not None and start < book.prompt_length:
                 # the whole prompt passes by the pools, also where no single token of it is kept
                 kept = set(book.kept(start, start + n))
-                tokens = sorted(kept.union(range(max(start, book.pools.count), min(start + n, book.prompt_length))))
+                tokens = sorted(kept.union(range(max(start, book.pool.count), min(start + n, book.prompt_length))))
             else:
                 tokens = book.kept(start, start + n)
             tokens = list(tokens)
@@ -203,16 +203,17 @@ class Recorder:
 
     def _pool(self) -> None:
         """Add the prompt rows of this step to the means and maxima of their samples, and free those not kept."""
-        pooling = [book for book in self.books.values() if book.pools is not None and not book.pools.complete]
+        pooling = [book for book in self.books.values() if book.pool is not None and not book.pool.complete]
         if not pooling:
             return
         self.staging.wait(self.staging.mark())
         for book in pooling:
-            fresh = {t: s for t, s in book.slots.items() if book.pools.count <= t < book.prompt_length}
+            fresh = {t: s for t, s in book.slots.items() if book.pool.count <= t < book.prompt_length}
             if not fresh:
                 continue
             tokens = sorted(fresh)
-            book.cause = book.cause or book.pools.add(tokens, self.bits[[fresh[t] for t in tokens]])
+            for part in blocks(tokens, self.bits.shape[1]):
+                book.cause = book.cause or book.pool.add(part, self.bits[[fresh[t] for t in part]])
             done = set(tokens).difference(book.kept(tokens[0], tokens[-1] + 1))
             self.ring.give_back([book.slots.pop(token) for token in sorted(done)])
 
@@ -242,7 +243,7 @@ class Recorder:
                 end=n if PROMPT_LENGTH_ARG in extra else n + params.max_tokens,
             )
             if book.want.pools:
-                book.pools = PromptPools(book.want.pools, request.prompt_token_ids[:q], self.check)
+                book.pool = PromptPool(book.want.pools, request.prompt_token_ids[:q], self.check)
             self._book_of[request.req_id] = key, -1
             if request.num_computed_tokens:
                 book.cause = f"{request.num_computed_tokens} tokens came from the prefix cache and were not computed"

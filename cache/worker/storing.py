@@ -56,8 +56,8 @@ class Storing:
         recorder, key = self.recorder, placement.key
         recorder.staging.wait(mark)
         book = recorder.books.get(key)
-        pools = None if book is None else book.pools
-        return fill(self.table, placement, handles, lambda tokens: recorder.rows(key, tokens), pools, recorder.check)
+        pool = None if book is None else book.pool
+        return fill(self.table, placement, handles, lambda tokens: recorder.rows(key, tokens), pool, recorder.check)
 
 
 def _work(jobs: queue.SimpleQueue, done: queue.SimpleQueue) -> None:

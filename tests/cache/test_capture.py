@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import hiddenlake
+from hiddenlake.cache import pools
 from hiddenlake.cache.capture import run_job
 from hiddenlake.cache.errors import BadInputError, CaptureError, IdentityError, StoreError, UnknownNameError
 from hiddenlake.cache.job import plan_job
@@ -264,3 +265,15 @@ def test_early_positions_keep_few_rows_and_the_same_numbers(tiny_model, tmp_path
     for name in names.split(","):
         found, expected = few.read("mlp_out", position=name), whole.read("mlp_out", position=name)
         assert np.allclose(found, expected, atol=1e-6, equal_nan=True)
+
+
+def test_long_samples_are_stored_in_parts(tiny_model, tmp_path, monkeypatch):
+    """A sample whose rows are more than one block of memory is stored as if they were one."""
+    positions = ["last_q", "-1", "mean_all", "max_answer", "mean_prompt", "all"]
+    capture(tiny_model, tmp_path / "whole", Letters(6), positions=positions)
+    monkeypatch.setattr(pools, "_BLOCK", 1)  # one row at a time
+    capture(tiny_model, tmp_path / "parts", Letters(6), positions=positions)
+    whole, parts = (hiddenlake.open_capture(tmp_path / name) for name in ("whole", "parts"))
+    assert np.array_equal(whole.read("mlp_out"), parts.read("mlp_out"), equal_nan=True)
+    for i in range(6):
+        assert np.array_equal(whole.read_tokens("mlp_out", samples=i).values, parts.read_tokens("mlp_out", samples=i).values)
