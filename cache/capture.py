@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hiddenlake.cache.engines.base import Engine, Request
+from hiddenlake.cache.engines.base import Engine, Memory, Request
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.estimate import Estimate, estimate
 from hiddenlake.cache.identity import GREEDY, Sampling
@@ -157,15 +157,20 @@ def run_job(
     ) as writer:
         pending = [p for p in job.prompts if p.key not in writer.committed]
         summary = Summary(str(out), planned, present=len(job.prompts) - len(pending))
-        cost = estimate(job.request, writer.layout, pending, out)
-        cost.check_disk()
+        running: Engine | None = None
+        if pending:
+            running = make_engine(engine, job.request) if isinstance(engine, str) else engine
+        memory = running.memory if running else Memory(0, 0)
+        cost = estimate(job.request, memory, writer.layout, pending, out)
+        cost.check()
         watcher.planned(cost, summary)
         for prompt in job.too_long:
             cause = f"the prompt has {len(prompt.token_ids)} tokens, the model's context {job.request.model.context}"
             _fail(writer, summary, prompt, cause, attempts=0)
         start = time.perf_counter()
-        if pending:
-            running = start_engine(engine, job.request, pending[0].token_ids) if isinstance(engine, str) else engine
+        if running is not None:
+            if running is not engine:
+                running.start(pending[0].token_ids)
             writer.provenance = running.provenance
             start = time.perf_counter()
             try:
@@ -183,20 +188,21 @@ def run_job(
     return summary
 
 
-def start_engine(name: str, request: Request, canary: Sequence[int]) -> Engine:
-    """Load the model with its taps. vLLM must pass its canary, a prompt's ids, before it may capture."""
+def make_engine(name: str, request: Request) -> Engine:
+    """An engine that is not started: what it was asked for is checked, and what it will take is known."""
     if name == "transformers":
         from hiddenlake.cache.engines.transformers import TransformersEngine
 
         return TransformersEngine(request)
     from hiddenlake.cache.engines.vllm import VllmEngine
 
-    engine = VllmEngine(request)
-    try:
-        engine.check_canary(canary)
-    except BaseException:
-        engine.close()
-        raise
+    return VllmEngine(request)
+
+
+def start_engine(name: str, request: Request, canary: Sequence[int]) -> Engine:
+    """An engine that is running, for several runs: see Engine.start."""
+    engine = make_engine(name, request)
+    engine.start(canary)
     return engine
 
 

@@ -44,6 +44,11 @@ class Model:
         template = self.tokenizer.chat_template
         return digest(template) if template else None
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of dtype."""
+        return 2 if self.dtype == "bfloat16" else 4
+
     def encode(self, question: str) -> tuple[str, tuple[int, ...]]:
         """(prompt text, token ids) of one user turn.
 

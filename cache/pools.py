@@ -10,7 +10,7 @@ import numpy as np
 from hiddenlake.cache.store import snapshot
 
 # Elements that are copied, checked or widened at a time, so that a long sample takes no more memory than a short one.
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 
 
 def widen(rows: np.ndarray) -> np.ndarray:
@@ -19,7 +19,7 @@ def widen(rows: np.ndarray) -> np.ndarray:
 
 
 def blocks(tokens: Sequence[int], elements: int) -> Iterator[Sequence[int]]:
-    """Consecutive parts of some tokens, each a few megabytes of rows of so many elements."""
+    """Consecutive parts of some tokens, each a megabyte or a few of rows of so many elements."""
     size = max(1, _BLOCK // elements)
     return (tokens[start : start + size] for start in range(0, len(tokens), size))
 

@@ -84,6 +84,7 @@ def spot_check(capture: Capture, model: str | os.PathLike[str], samples: int, se
             options={"batch_size": 1},
         )
     )
+    engine.start(())
     rng = np.random.default_rng(seed)
     chosen = sorted(rng.choice(len(capture), min(samples, len(capture)), replace=False).tolist())
     errors: list[np.ndarray] = []

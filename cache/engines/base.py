@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.identity import Decoding
 from hiddenlake.cache.model import Model
+from hiddenlake.cache.pools import Pool
 from hiddenlake.cache.positions import Tokens, wanted
 from hiddenlake.cache.rows import TapTable, tap_table
 from hiddenlake.cache.samples import Generation, Prompt
@@ -43,7 +44,7 @@ class Request:
     @property
     def row_bytes(self) -> int:
         """Bytes of one token's row of every tap."""
-        return len(self.table) * (2 if self.model.dtype == "bfloat16" else 4)
+        return len(self.table) * self.model.itemsize
 
     def rows(self, prompt_length: int, answer_length: int | None = None) -> int:
         """Most tokens of one sample that must wait in the ring. answer_length : of a given answer."""
@@ -56,6 +57,12 @@ class Request:
         """Most tokens of any sample that must wait in the ring."""
         answer = self.decoding.max_new_tokens or None
         return self.rows(self.max_length, None if answer else self.max_length)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Most bytes that one sample takes while it waits."""
+        pools = wanted(self.positions, self.tokens, self.max_length).pools
+        return self.rows_per_sample * self.row_bytes + Pool.bytes(pools, len(self.table))
 
     def check_serves(self, other: "Request") -> None:
         """Raise BadInputError where an engine that was started for this request would give other values for another."""
@@ -83,15 +90,44 @@ class Request:
         }
 
 
-class Engine(Protocol):
-    """An engine with its taps in place.
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What rows take while they wait, in bytes, known before the model is loaded.
 
-    request : what it was started for.
+    samples : in flight at once, at most.  sample_bytes : on the host, for each of them at most.
+    step_bytes : on the host, of one step's rows that only pass through a pooling.
+    device_bytes : of the taps' buffers, on the GPU that has most of them.
+    kv_tokens : what the KV cache of that GPU holds less for them, in tokens.
+    """
+
+    samples: int
+    sample_bytes: int
+    step_bytes: int = 0
+    device_bytes: int = 0
+    kv_tokens: int = 0
+
+    def host_bytes(self, samples: int) -> int:
+        """Of a run of so many samples."""
+        return min(samples, self.samples) * self.sample_bytes + self.step_bytes
+
+
+class Engine(Protocol):
+    """An engine, whose model is loaded when it is started.
+
+    request : what it was made for.
+    memory : what it will take.
     provenance : engine, versions and device, stored with every commit; not part of the value identity.
     """
 
     request: Request
+    memory: Memory
     provenance: dict[str, Any]
+
+    def start(self, canary: Sequence[int]) -> None:
+        """Load the model with its taps. vLLM must answer a prompt, whose ids these are, before it may capture.
+
+        Raises CaptureError; nothing is running then.
+        """
 
     def has_room(self, prompt: Prompt) -> bool:
         """Whether a prompt may be submitted now: rows in flight are bounded by ring_bytes."""
@@ -117,4 +153,5 @@ class Engine(Protocol):
         wait : for all that were given. A sample is forgotten with its last placement: its memory is free again.
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End it, started or not."""

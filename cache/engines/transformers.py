@@ -8,7 +8,7 @@ import numpy as np
 
 from hiddenlake.cache import positions
 from hiddenlake.cache.engines import modules
-from hiddenlake.cache.engines.base import Request
+from hiddenlake.cache.engines.base import Memory, Request
 from hiddenlake.cache.errors import BadInputError, CaptureError
 from hiddenlake.cache.filling import fill
 from hiddenlake.cache.pools import PromptPool, blocks
@@ -34,15 +34,19 @@ class TransformersEngine:
             raise CaptureError("the transformers engine loads no LoRA adapters: use vLLM, or merge the adapter into the model")
         if unknown := sorted(request.options.keys() - {"batch_size"}):
             raise BadInputError(f"the transformers engine has no option {', '.join(unknown)}: it has batch_size")
-        model = request.model
         self.request = request
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            model.path, dtype=getattr(torch, model.dtype), attn_implementation=model.family.attention
-        )
-        self._model.to(self._device).eval()
+        self._model: Any = None
         self._batch = int(request.options.get("batch_size", _BATCH))
-        needed = self._batch * request.rows_per_sample * request.row_bytes
+        # where something is pooled over prompts, all of their rows are kept until it is
+        rows = request.max_length if self._pools(request.max_length) else request.rows_per_sample
+        bytes_ = self._batch * rows * request.row_bytes
+        self.memory = Memory(
+            samples=self._batch,
+            sample_bytes=max(rows * request.row_bytes, request.sample_bytes),
+            device_bytes=bytes_ if self._device.type == "cuda" else 0,
+        )
+        needed = self.memory.host_bytes(self._batch)
         if needed > request.ring_bytes:
             raise CaptureError(
                 f"--ring-bytes {request.ring_bytes} is too small: a batch of {self._batch} needs {needed} bytes; raise "
@@ -59,6 +63,16 @@ class TransformersEngine:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu",
         }
+
+    def start(self, canary: Sequence[int]) -> None:
+        import torch
+        import transformers
+
+        model = self.request.model
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            model.path, dtype=getattr(torch, model.dtype), attn_implementation=model.family.attention
+        )
+        self._model.to(self._device).eval()
 
     def has_room(self, prompt: Prompt) -> bool:
         return len(self._queue) + len(self._rows) < self._batch

@@ -5,6 +5,7 @@ from typing import Any
 
 from hiddenlake.cache.engines import vllm_setup as setup
 from hiddenlake.cache.engines.base import Request
+from hiddenlake.cache.engines.vllm_config import QUEUE, configure
 from hiddenlake.cache.engines.ranks import Ranks
 from hiddenlake.cache.engines.vllm_canary import canary_arguments, canary_params, judge_canary
 from hiddenlake.cache.errors import CaptureError
@@ -20,10 +21,6 @@ from hiddenlake.cache.worker.plan import (
     Placement,
 )  # fmt: skip
 
-# Samples in flight a sequence of the batch: enough that the engine never waits for the driver, and few enough to
-# leave work for other writers.
-_QUEUE = 4
-
 
 class VllmEngine:
     """An LLMEngine whose workers have the taps, driven step by step. See Engine for the interface."""
@@ -34,26 +31,14 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         self.request = request
-        options = setup.engine_options(request)
-        budget, rows = request.ring_bytes // request.row_bytes, request.rows_per_sample
-        want = wanted(request.positions, request.tokens, request.max_length)
-        # rows of a pooled prompt pass through the ring, a step's worth at a time
-        passing = options.get("max_num_batched_tokens", request.max_length) if want.pools else 0
-        if budget < rows + passing:
-            raise CaptureError(
-                f"--ring-bytes {request.ring_bytes} is too small: one sample needs {rows + passing} rows of "
-                f"{request.row_bytes} bytes, {(rows + passing) * request.row_bytes} in all; raise it, or capture fewer "
-                f"sites, layers or new tokens"
-            )
-        admitted = (budget - passing) // max(1, rows)
-        options["max_num_seqs"] = min(options["max_num_seqs"], admitted)
-        self._in_flight_limit = _QUEUE * options["max_num_seqs"]
-        self._ring_rows = min(budget - passing, self._in_flight_limit * rows)
+        self._config, self.memory = configure(request)
+        # given texts, and answers to short prompts, may need far fewer rows than the longest; what is pooled does not
+        pooled = wanted(request.positions, request.tokens, request.max_length).pools
+        self._most_samples = self.memory.samples if pooled else QUEUE * self._config.scheduler_config.max_num_seqs
+        self._most_rows = self.memory.samples * request.rows_per_sample
+        self._engine: Any = None
+        self._ranks = self._config.parallel_config.world_size
         given = request.decoding.max_new_tokens == 0
-        self._engine = setup.start(
-            request, options, self._ring_rows + passing, dense=bool(given or request.tokens or want.pools)
-        )
-        self._ranks = self._engine.vllm_config.parallel_config.world_size
         sampling = request.decoding.sampling
         self._sampling = SamplingParams(
             temperature=sampling.temperature,
@@ -73,14 +58,18 @@ class VllmEngine:
         self._tails: dict[str, Generation] = {}
         self._reports = Ranks(self._ranks)
         self._last: set[str] = set()
-        self.provenance = setup.provenance(self._engine.vllm_config)
+        self.provenance = setup.provenance(self._config)
 
-    def check_canary(self, prompt_ids: Sequence[int]) -> None:
-        """Send one prompt through, and refuse to go on unless every tap answers for it: see vllm_canary.
+    def start(self, canary: Sequence[int]) -> None:
+        try:
+            self._engine = setup.start(self._config)
+            self._check_canary(tuple(canary))
+        except BaseException:
+            self.close()
+            raise
 
-        Raises CaptureError.
-        """
-        ids = tuple(prompt_ids)
+    def _check_canary(self, ids: tuple[int, ...]) -> None:
+        """Send one prompt through, and refuse to go on unless every tap answers for it: see vllm_canary."""
         self._engine.add_request(CANARY, {"prompt_token_ids": list(ids)}, canary_params(), lora_request=self._lora)
         finished: list[Generation] = []
         while not finished:
@@ -91,9 +80,8 @@ class VllmEngine:
         self._call("hiddenlake_drop", [CANARY])
 
     def has_room(self, prompt: Prompt) -> bool:
-        if len(self._reserved) >= self._in_flight_limit:
-            return False
-        return sum(self._reserved.values()) + self._rows(prompt) <= self._ring_rows
+        rows = sum(self._reserved.values()) + self._rows(prompt)
+        return len(self._reserved) < self._most_samples and rows <= self._most_rows
 
     def _rows(self, prompt: Prompt) -> int:
         return self.request.rows(len(prompt.token_ids), None if prompt.given is None else len(prompt.given))
@@ -216,7 +204,8 @@ class VllmEngine:
         return self._call("hiddenlake_stats")
 
     def close(self) -> None:
-        self._engine.engine_core.shutdown()
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
 
 
 def _tail(key: str) -> str:

@@ -12,9 +12,6 @@ from typing import Any
 
 from hiddenlake.cache.engines.base import Request
 from hiddenlake.cache.errors import BadInputError, CaptureError
-from hiddenlake.cache.positions import wanted
-from hiddenlake.cache.worker.plan import Plan
-from hiddenlake.cache.worker.plugin import CONFIG_KEY
 
 # Version -> model runner -> where it was tested; the first runner is the one that is used. CI tests a CPU;
 # benchmarks/gpu tests CUDA builds.
@@ -136,7 +133,7 @@ def _whole_prompts(request: Request) -> dict[str, Any]:
 
 def check_config(config: Any) -> None:
     """Raise CaptureError for a VllmConfig that others made and that was not tested with capture."""
-    _check_runner(config)
+    check_runner(config)
     _check_tested(vars(config.parallel_config))
     if config.speculative_config is not None:
         _check_drafts(config.speculative_config.method)
@@ -149,7 +146,7 @@ def check_config(config: Any) -> None:
         )
 
 
-def _check_runner(config: Any) -> None:
+def check_runner(config: Any) -> None:
     runner, tested = "V2" if config.use_v2_model_runner else "V1", _tested_runners()
     if runner not in tested:
         raise CaptureError(
@@ -196,63 +193,14 @@ def _lora_rank(folder: str) -> int:
     raise BadInputError(f"{config}: the adapter has rank {rank}, vLLM serves up to 512: merge it into the model")
 
 
-def start(request: Request, options: dict[str, Any], ring_rows: int, dense: bool) -> Any:
-    """An LLMEngine whose workers have the taps.
-
-    ring_rows : rows that wait on the host.  dense : whether a step may want every token that it computes.
-    """
-    from vllm import EngineArgs
-
-    arguments = EngineArgs(
-        model=request.model.path,
-        dtype=request.model.dtype,
-        # one position more than the answer needs: the last token is fed too
-        max_model_len=min(request.model.context, request.max_length + 1),
-        disable_log_stats=True,
-        **TAP_ARGUMENTS,
-        **options,
-    )
-    choose_runner()
-    config = arguments.create_engine_config()
-    _save_a_process(config, request.options)
-    _check_runner(config)
-    scheduler = config.scheduler_config
-    drafts = config.speculative_config.num_speculative_tokens if config.speculative_config else 0
-    prompt_rows = len(wanted(request.positions, request.tokens, request.max_length).prompt)
-    rows = scheduler.max_num_seqs * max(1 + drafts, prompt_rows)
-    plan = Plan(
-        sites=request.sites,
-        layers=request.layers,
-        n_layers=request.model.n_layers,
-        positions=request.positions,
-        tokens=request.tokens,
-        widths=request.model.widths,
-        dtype=request.model.dtype,
-        ring_rows=ring_rows,
-        max_rows=None if dense else min(scheduler.max_num_batched_tokens, rows),
-    )
-    # hashed by vLLM into its compile cache's key, so that a graph without these taps is never reused
-    config.additional_config = {**config.additional_config, CONFIG_KEY: plan.to_json()}
+def start(config: Any) -> Any:
+    """An LLMEngine with this VllmConfig. Raises CaptureError."""
     try:
         engine = _from_config(config)
     except RuntimeError as error:
         raise CaptureError(f"vLLM did not start: {error}") from error
     _wake_on_death(engine)
     return engine
-
-
-def _save_a_process(config: Any, given: Mapping[str, Any]) -> None:
-    """Have a CPU's only worker run in its engine's process, unless its user has chosen otherwise.
-
-    vLLM 0.32 gives it one of its own, so that its threads can be bound to cores, and then the engine's process spins
-    while the worker computes: on two cores that was a third of all CPU seconds.
-    """
-    from vllm.platforms import current_platform
-
-    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind"
-    parallel = config.parallel_config
-    if current_platform.is_cpu() and parallel.world_size == 1 and not bound and "distributed_executor_backend" not in given:
-        parallel.distributed_executor_backend = "uni"
 
 
 def _from_config(config: Any) -> Any:

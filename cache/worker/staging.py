@@ -98,6 +98,12 @@ class DeviceStaging:
         mark.synchronize()
 
 
+def device_bytes(rows: int, table: TapTable, itemsize: int) -> int:
+    """Bytes of the taps' buffers on a GPU, as make_staging makes them."""
+    indices = 2 * rows + 1 + len(list(table.taps()))
+    return 2 * rows * len(table) * itemsize + indices * 8
+
+
 def make_staging(
     rows: int, ring_rows: int, table: TapTable, dtype: torch.dtype, device: torch.device
 ) -> tuple[TapBuffers, HostStaging | DeviceStaging]:

@@ -91,13 +91,13 @@ def test_taps_installed_after_compile_refuse(tiny_model, tmp_path):
 from hiddenlake.cache.worker import plugin
 plugin.register = lambda: None
 from hiddenlake.cache.engines.vllm import VllmEngine
-check = VllmEngine.check_canary
+check = VllmEngine._check_canary
 def install_late(self, ids):
     from hiddenlake.cache.worker.install import install_recorder
     worker = self._engine.model_executor.driver_worker.worker
     install_recorder(worker, self._engine.vllm_config.additional_config["hiddenlake"])
     check(self, ids)
-VllmEngine.check_canary = install_late
+VllmEngine._check_canary = install_late
 """
     done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{'enforce_eager': False}", sabotage, env=IN_PROCESS)
     assert done.returncode == 0, done.stderr

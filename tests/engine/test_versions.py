@@ -23,9 +23,9 @@ def test_an_untested_version_is_refused():
 def test_an_untested_runner_is_refused(monkeypatch):
     config = SimpleNamespace(use_v2_model_runner=True)
     with pytest.raises(CaptureError, match="only on V1: start it with VLLM_USE_V2_MODEL_RUNNER=0"):
-        setup._check_runner(config)
+        setup.check_runner(config)
     monkeypatch.setitem(setup.TESTED_VERSIONS, "0.32.0", {"V2": "CUDA", "V1": "CPU"})
-    setup._check_runner(config)
+    setup.check_runner(config)
 
 
 @pytest.mark.parametrize(("runners", "chosen"), [(("V1",), "0"), (("V1", "V2"), "0"), (("V2", "V1"), "1")])
