@@ -40,8 +40,8 @@ def fill(
     """
     try:
         writes = list(_writes(placement))
-        pooled = _pooled(table, placement, rows, pool, check)
         kept = [_check_all(table, placement, tokens, rows, check) for _, tokens, _ in writes]
+        pooled = _pooled(table, placement, rows, pool, check)
         for (handle, tokens, place), found in zip(writes, kept, strict=True):
             views = attach(handles[handle])
             part = table.part(frozenset(views), tuple(placement.layers))

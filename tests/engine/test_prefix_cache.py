@@ -9,7 +9,7 @@ from hiddenlake.cache.job import plan_job
 from hiddenlake.cache.positions import PAPER
 
 from .captures import TOLERANCE, capture_all, running, worst_errors
-from .conftest import make_task
+from .conftest import make_task, relative_error
 from .small_models import Reference
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -69,3 +69,19 @@ def test_a_captured_request_that_read_the_cache_fails(tiny_model, tmp_path):
         with pytest.raises(CaptureError, match="tokens of a captured request came from the prefix cache"):
             run_job(job, out=tmp_path / "x", engine=engine)
     assert len(hiddenlake.open_capture(tmp_path / "x")) == 0
+
+
+def test_lengths_match_with_prefix_caching(tiny_model, tmp_path):
+    """The same prompts again, in an engine that keeps their prefixes (vLLM #44485): every token has its row once more."""
+    job = plan_job(
+        tiny_model, make_task(N), sites=("resid_post",), positions=["all"], dtype="float32", max_new_tokens=8, options=OPTIONS
+    )
+    reference = Reference("llama", tiny_model)
+    with running(job) as engine:
+        for name in ("first", "second"):
+            capture, _ = capture_all(job, engine, tmp_path / name)
+            for i, sample in enumerate(capture.samples().to_pylist()):
+                found = capture.read_tokens("resid_post", samples=i)
+                assert found.token_index.tolist() == list(range(sample["total_length"]))
+                expected = reference(sample["token_ids"])["resid_post"]
+                assert relative_error(found.values, expected).max() <= TOLERANCE
