@@ -54,6 +54,7 @@ class Family:
     d_ff : the config's name for the width of `mlp_act`.
     attention : Hugging Face's implementation that computes what the model means, where its default does not.
     required : config value -> what it must be, or the name of the config value that it must equal.
+    lora : whether LoRA adapters were tested: vLLM has none for some, and for experts none that a CPU could run.
     """
 
     name: str
@@ -68,10 +69,16 @@ class Family:
     d_ff: str = "intermediate_size"
     attention: str | None = None
     required: Mapping[str, Any] = field(default_factory=dict)
+    lora: bool = True
 
     @property
     def sites(self) -> tuple[str, ...]:
         return ("embed", *self.block, "final_norm")
+
+    @property
+    def outside_blocks(self) -> tuple[str, ...]:
+        """Paths of the embeddings and of the head."""
+        return tuple(path for path in (self.embed, self.positions, "lm_head") if path)
 
     @property
     def norms_outputs(self) -> bool:
@@ -145,6 +152,7 @@ FAMILIES = {
         pairs=False,
         d_ff="n_inner",
         required={"add_cross_attention": False},
+        lora=False,
     ),
     "OPTForCausalLM": Family(
         "opt",
@@ -166,9 +174,10 @@ FAMILIES = {
         "mixtral",
         _EXPERTS,
         vllm={site: at.replace("mlp", "block_sparse_moe") for site, at in _EXPERTS.items()},
+        lora=False,
     ),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", _EXPERTS),
-    "OlmoeForCausalLM": Family("olmoe", _EXPERTS),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", _EXPERTS, lora=False),
+    "OlmoeForCausalLM": Family("olmoe", _EXPERTS, lora=False),
 }
 
 

@@ -151,6 +151,8 @@ def hash_weights(folder: Path, config: str = "config.json") -> str:
     Hashes of single files are remembered by (path, size, mtime) under the user's cache folder, since a 70B
     model takes minutes to read.
     """
+    if not folder.is_dir():
+        raise BadInputError(f"{folder} is no folder: expected one with {config} and weight files")
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf") or p.name == config)
     if not any(p.suffix != ".json" for p in files):
         raise BadInputError(f"{folder} holds no weight files: expected *.safetensors or *.bin beside {config}")

@@ -70,6 +70,8 @@ class VllmEngine:
 
     def _check_canary(self, ids: tuple[int, ...]) -> None:
         """Send one prompt through, and refuse to go on unless every tap answers for it: see vllm_canary."""
+        if self._lora is not None:
+            setup.load_adapter(self._engine, self._lora)
         self._engine.add_request(CANARY, {"prompt_token_ids": list(ids)}, canary_params(), lora_request=self._lora)
         finished: list[Generation] = []
         while not finished:

@@ -2,7 +2,7 @@
 
 Hooks that never fire raise nothing. So every tap must have left a finite row that is not all zero, the stream captured
 behind the last layer must give, through the model's own norm and head, the log-probability that the engine itself
-reports, and the last token must have been fed.
+reports, the last token must have been fed, and vLLM must have found a place for all weights of a LoRA adapter.
 """
 
 from collections.abc import Sequence
@@ -54,6 +54,11 @@ def judge_canary(reports: Sequence[dict[str, Any]], logprob: float, dtype: str) 
         raise CaptureError(
             f"{refused}: {len(dead)} of {sum(report['taps'] for report in reports)} taps left no values (first: "
             f"{dead[0]}); the taps must be in the model before it is compiled"
+        )
+    if unused := set.intersection(*(set(report["unused"]) for report in reports)):
+        raise CaptureError(
+            f"{refused}: the model has no place for {len(unused)} of the adapter's weights (first: {min(unused)}); "
+            f"expected an adapter that was trained on this model"
         )
     found = next(report["logprob"] for report in reports if report["logprob"] is not None)
     if not abs(found - logprob) <= _TOLERANCE[dtype]:

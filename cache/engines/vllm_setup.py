@@ -1,15 +1,14 @@
 """How vLLM is started for a capture: versions, settings, refusals. What differs between versions is said here."""
 
-import json
 import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
+from hiddenlake.cache.engines.adapter import check_adapter
 from hiddenlake.cache.engines.base import Request
 from hiddenlake.cache.errors import BadInputError, CaptureError
 
@@ -33,12 +32,14 @@ _TESTED = {
     "enable_dbo": (False,),
     "nnodes": (1,),
     "async_scheduling": (None, True, False),
+    "kv_cache_dtype": ("auto",),
 }
 
 # Engine arguments that follow from the capture itself.
 _OURS = {
     "model", "dtype", "max_model_len", "disable_log_stats", "worker_extension_cls", "scheduler_cls",
-    "additional_config", "enable_lora", "max_lora_rank", "max_loras",
+    "additional_config", "enable_lora", "max_lora_rank", "max_loras", "lora_dtype", "lora_target_modules",
+    "revision", "hf_overrides", "quantization", "quantization_config",
 }  # fmt: skip
 
 # Engine arguments of every vLLM with taps, beside the plan in its additional_config.
@@ -112,7 +113,7 @@ def engine_options(request: Request) -> dict[str, Any]:
     if cpu and not sampling.greedy:
         options |= _whole_prompts(request)
     if request.lora is not None:
-        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(request.lora)}
+        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": check_adapter(request.lora, request.model)}
     return options
 
 
@@ -134,7 +135,12 @@ def _whole_prompts(request: Request) -> dict[str, Any]:
 def check_config(config: Any) -> None:
     """Raise CaptureError for a VllmConfig that others made and that was not tested with capture."""
     check_runner(config)
-    _check_tested(vars(config.parallel_config))
+    _check_tested(vars(config.parallel_config) | {"kv_cache_dtype": config.cache_config.cache_dtype})
+    if config.lora_config is not None:
+        raise CaptureError(
+            "vLLM's enable_lora was not tested beside captured requests: on a CPU, vLLM 0.32 computes them with the "
+            "adapter of another request in their batch; leave it out, or capture with `hiddenlake capture --lora`"
+        )
     if config.speculative_config is not None:
         _check_drafts(config.speculative_config.method)
         if config.use_v2_model_runner:
@@ -180,19 +186,6 @@ def provenance(config: Any) -> dict[str, Any]:
     }
 
 
-def _lora_rank(folder: str) -> int:
-    """The smallest rank that vLLM offers and that holds an adapter's."""
-    config = Path(folder) / "adapter_config.json"
-    try:
-        rank = json.loads(config.read_text())["r"]
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInputError(f"{config} could not be read ({error!r}): expected the folder of a PEFT LoRA adapter") from error
-    for offered in (8, 16, 32, 64, 128, 256, 320, 512):
-        if rank <= offered:
-            return offered
-    raise BadInputError(f"{config}: the adapter has rank {rank}, vLLM serves up to 512: merge it into the model")
-
-
 def start(config: Any) -> Any:
     """An LLMEngine with this VllmConfig. Raises CaptureError."""
     try:
@@ -215,6 +208,14 @@ def _from_config(config: Any) -> Any:
         log_stats=False,
         multiprocess_mode=envs.VLLM_ENABLE_V1_MULTIPROCESSING,
     )
+
+
+def load_adapter(engine: Any, adapter: Any) -> None:
+    """Have the workers load a LoRARequest's adapter. Raises CaptureError for one that vLLM does not take."""
+    try:
+        engine.add_lora(adapter)
+    except Exception as error:
+        raise CaptureError(f"vLLM cannot load the adapter {adapter.lora_path}: {error}") from error
 
 
 @contextmanager

@@ -27,7 +27,8 @@ class CaptureExtension:
 
         Returns {"taps": their number, "dead": those that left nothing, "logprob": of `sampled` computed from the
         captured stream of the last layer through the model's own norm and head, None where there is no last layer,
-        "last": whether the last token has a row}, or {"error": why there is nothing to judge}.
+        "last": whether the last token has a row, "unused": names of adapters' weights that no module of this rank
+        took}, or {"error": why there is nothing to judge}.
         """
         recorder = self.hiddenlake_recorder
         if recorder is None:
@@ -49,6 +50,7 @@ class CaptureExtension:
             "dead": dead,
             "logprob": logprob,
             "last": not isinstance(recorder.rows(key, [last]), str),
+            "unused": _unused(self.model_runner.get_model()),
         }
 
     def hiddenlake_store(
@@ -89,6 +91,14 @@ class CaptureExtension:
     def _recorder(self) -> Recorder:
         assert self.hiddenlake_recorder is not None, "the canary lets no run start without taps"
         return self.hiddenlake_recorder
+
+
+def _unused(model: torch.nn.Module) -> list[str]:
+    """vLLM passes over weights of an adapter whose module it does not have, and says nothing."""
+    manager = getattr(model, "lora_manager", None)
+    if manager is None:
+        return []
+    return [name for adapter in manager.list_adapters().values() for name in adapter.loras if name not in manager.modules]
 
 
 @torch.inference_mode()

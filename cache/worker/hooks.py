@@ -67,7 +67,9 @@ class Embedding:
 
     def __init__(self, model: torch.nn.Module, family: Family, rank: int) -> None:
         tokens = model.get_submodule(family.embed)
-        tokens = getattr(tokens, "base_layer", tokens)  # a LoRA wrapper adds what the batch that runs has
+        # a LoRA wrapper adds what the adapter of the batch that runs has for the token: nothing but 0.0
+        self._wrapped = hasattr(tokens, "base_layer")
+        tokens = getattr(tokens, "base_layer", tokens)
         self._device = next(tokens.parameters()).device
         self._tokens = tokens
         if tokens.tp_size > 1 or self._device.type != "cpu":
@@ -84,6 +86,8 @@ class Embedding:
     def __call__(self, token_ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """(n, hidden) in the model's dtype. positions : token indices in their sequences. Not for other ranks than the first."""
         embed = self._tokens(torch.tensor(token_ids, device=self._device))
+        if self._wrapped:
+            embed = embed + 0.0  # which makes 0.0 of -0.0
         if self._scale is not None:
             embed = embed * self._scale
         if self._positions is not None:

@@ -109,6 +109,12 @@ class Reference:
 
         module.register_forward_hook(hook, with_kwargs=True)
 
+    def merge(self, added: dict[str, torch.Tensor]) -> None:
+        """Add to weights, by name."""
+        with torch.no_grad():
+            for name, values in added.items():
+                self._model.get_parameter(name).add_(values)
+
     def __call__(self, token_ids: list[int]) -> dict[str, np.ndarray]:
         """{site: (layer, token, width)}, float32, without layer for `embed` and `final_norm`."""
         self._kept.clear()
