@@ -64,7 +64,7 @@ def attach(
     from at little cost; one that was built without them only where it runs eagerly (enforce_eager=True), and then
     the last token of each answer takes a request of its own.
 
-    llm : idle, with neither adapters nor images in what it is asked.
+    llm : idle, built without LoRA adapters, and with no images in what it is asked.
     out : the capture's folder, made if absent.
     sites, layers : some of what is tapped, by default all of it; without taps, what to tap.
     judge : called with prompt and answer as text, returns a Judgement; positions of an exact answer need it.
@@ -208,17 +208,15 @@ class Attached:
     def _add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **settings: Any) -> str:
         if not hasattr(params, "max_tokens"):  # of a pooling model: nothing is generated
             return self._add(request_id, prompt, params, *args, **settings)
-        ticket = self._ticket(prompt, params, settings.get("lora_request"))
+        ticket = self._ticket(prompt, params)
         internal = self._add(request_id, prompt, ticket.prepare(params, self._feeds_last), *args, **settings)
         self._collector.states.begin(Asked(request_id, ticket.capture, ticket.keys), ())
         self._answers[request_id] = Answers(ticket, params)
         return internal
 
-    def _ticket(self, prompt: Any, params: Any, lora: Any) -> Ticket:
-        if not isinstance(prompt, dict) or prompt.get("type") != "token" or lora is not None:
-            raise CaptureError(
-                "an attached LLM captures prompts of text or token ids to the model itself: detach it first"
-            )
+    def _ticket(self, prompt: Any, params: Any) -> Ticket:
+        if not isinstance(prompt, dict) or prompt.get("type") != "token":
+            raise CaptureError("an attached LLM captures prompts of text or token ids: detach it first")
         return self._intake.ticket(self._asked, prompt["prompt_token_ids"], params.n, params.max_tokens)
 
     def _step_and_take(self) -> list[Any]:

@@ -50,18 +50,14 @@ class Service:
         if not self.intake.asks(sampling_params.extra_args):
             return self._generate(prompt, sampling_params, request_id, **settings)
         try:
-            ticket = self._ticket(prompt, sampling_params, settings.get("lora_request"))
+            ticket = self._ticket(prompt, sampling_params)
         except HiddenlakeError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
         return self._follow(ticket, prompt, sampling_params, request_id, settings)
 
-    def _ticket(self, prompt: Any, params: Any, lora: Any) -> Ticket:
+    def _ticket(self, prompt: Any, params: Any) -> Ticket:
         if not isinstance(prompt, dict) or prompt.get("type") != "token":
             raise VLLMValidationError("only prompts of text or token ids can be captured", parameter="vllm_xargs")
-        if lora is not None:
-            raise VLLMValidationError(
-                "answers with an adapter cannot be captured from a server", parameter="vllm_xargs"
-            )
         return self.intake.ticket(params.extra_args, prompt["prompt_token_ids"], params.n, params.max_tokens)
 
     async def _follow(
