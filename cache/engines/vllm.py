@@ -72,6 +72,8 @@ class VllmEngine:
         """Send one prompt through, and refuse to go on unless every tap answers for it: see vllm_canary."""
         if self._lora is not None:
             setup.load_adapter(self._engine, self._lora)
+        # behind its answer one position more, without which vLLM would end before the last token is fed
+        ids = ids[: setup.longest_sequence(self.request) - setup.CANARY_TOKENS - 1]
         self._engine.add_request(CANARY, {"prompt_token_ids": list(ids)}, canary_params(), lora_request=self._lora)
         finished: list[Generation] = []
         while not finished:

@@ -8,12 +8,9 @@ reports, the last token must have been fed, and vLLM must have found a place for
 from collections.abc import Sequence
 from typing import Any
 
-from hiddenlake.cache.engines.vllm_setup import TESTED_VERSIONS
+from hiddenlake.cache.engines.vllm_setup import CANARY_TOKENS, TESTED_VERSIONS
 from hiddenlake.cache.errors import CaptureError
 from hiddenlake.cache.worker.plan import CANARY, KEY_ARG, LAST_TOKEN_ARG
-
-# Enough for a first token, and a last one that must be fed.
-_TOKENS = 2
 
 # |log-probability by the captured stream - by the engine|. A wrong row is off by whole units; the spread is
 # rounding in norm and head, once a row and once in a batch.
@@ -26,7 +23,7 @@ def canary_params() -> Any:
 
     return SamplingParams(
         temperature=0.0,
-        max_tokens=_TOKENS,
+        max_tokens=CANARY_TOKENS,
         logprobs=0,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,

@@ -69,8 +69,7 @@ def _create(request: Request, options: dict[str, Any]) -> Any:
     arguments = EngineArgs(
         model=request.model.path,
         dtype=request.model.dtype,
-        # one position more than the answer needs: the last token is fed too
-        max_model_len=min(request.model.context, request.max_length + 1),
+        max_model_len=setup.longest_sequence(request),
         disable_log_stats=True,
         **setup.TAP_ARGUMENTS,
         **options,

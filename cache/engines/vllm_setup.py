@@ -48,6 +48,9 @@ TAP_ARGUMENTS = {
     "scheduler_cls": "hiddenlake.cache.worker.scheduler.last_token_scheduler",
 }
 
+# Of the canary's answer: a first token, and a last one that must be fed.
+CANARY_TOKENS = 2
+
 # How long a killed engine may go unnoticed.
 _DEATH_SECONDS = 0.5
 
@@ -117,9 +120,15 @@ def engine_options(request: Request) -> dict[str, Any]:
     return options
 
 
+def longest_sequence(request: Request) -> int:
+    """Tokens for which vLLM must have positions."""
+    # one position more than the answer needs, since the last token is fed too; and room for a canary of one token
+    return min(request.model.context, max(request.max_length, 1 + CANARY_TOKENS) + 1)
+
+
 def _whole_prompts(request: Request) -> dict[str, Any]:
     """vLLM 0.32 rewinds a seeded generator behind a part of a prompt, which CPU generators cannot."""
-    longest = min(request.model.context, request.max_length + 1)
+    longest = longest_sequence(request)
     budget = request.options.get("max_num_batched_tokens", max(4096, longest))
     why = "on a CPU, vLLM cannot take the prompts of sampled answers in parts"
     if request.options.get("enable_chunked_prefill"):

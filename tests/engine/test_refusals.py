@@ -1,12 +1,15 @@
 """Taps that cannot fire, or that fire for another row, make a run refuse: nothing is stored."""
 
+from dataclasses import replace
+
 import pytest
 
 from hiddenlake.cache.capture import start_engine
 from hiddenlake.cache.errors import BadInputError, CaptureError
 from hiddenlake.cache.job import plan_job
 
-from .conftest import make_task, run_script
+from .captures import capture_all, running
+from .conftest import ListTask, make_task, run_script
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -83,6 +86,24 @@ def test_the_canary_does_not_depend_on_the_positions(positions, tiny_model, tmp_
     done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{}", "pass", positions, env=IN_PROCESS)
     assert done.returncode == 0, done.stderr
     assert "REFUSED" not in done.stdout and "SAMPLES 4" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["a text", "a word", "one answer token", "a full context"])
+def test_the_canary_fits_where_the_longest_sequence_does(kind, tiny_model, tmp_path):
+    """Though it is made from the longest prompt, and generates."""
+    [question] = make_task(1).questions
+    text, given = {"a text": (question.question, ""), "a word": ("is", "")}.get(kind, (question.question, None))
+    if kind == "a full context":
+        text = "word " * 224
+    task = ListTask([replace(question, question=text, given=given)])
+    job = plan_job(
+        tiny_model, task, sites=["mlp_out"], positions=["last_q"], dtype="float32",
+        max_new_tokens=1 if kind == "one answer token" else 4,
+    )  # fmt: skip
+    length = len(job.prompts[0].token_ids)
+    assert {"a word": length == 1, "a full context": length == 255}.get(kind, 1 < length < 100)
+    with running(job) as engine:
+        capture_all(job, engine, tmp_path / "x")
 
 
 def test_taps_installed_after_compile_refuse(tiny_model, tmp_path):
