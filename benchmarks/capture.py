@@ -45,7 +45,7 @@ class Size:
     judged: bool
 
 
-FULL = Size(64, 64, 10, 5, judged=True)
+FULL = Size(64, 64, 30, 5, judged=True)
 QUICK = Size(32, 32, 3, 1, judged=False)
 
 
@@ -132,7 +132,8 @@ class Cost:
 
 
 VLLM = "vLLM alone"
-ONE_STEP_MORE = "vLLM alone, one more step"
+ONE_PROCESS = "vLLM alone, in one process"
+ONE_STEP_MORE = "the same, one more step"
 
 Costs = dict[str, list[Cost]]
 
@@ -160,12 +161,14 @@ class Bench:
         self.copied: list[float] = []
         self.written: list[float] = []
 
-    def start(self, name: str, script: str, environment: str | None = None, **spec: Any) -> Arm:
+    def start(
+        self, name: str, script: str, environment: str | None = None, variables: dict[str, str] | None = None, **spec: Any
+    ) -> Arm:
         """An arm, on its way. Raises RuntimeError when its environment cannot be made."""
         python = python_of(environment) if environment else sys.executable
         print(f"starting {name}", file=sys.stderr)
         return self._stack.enter_context(
-            closing(Arm(name, python, script, {**self._spec, **spec}, self.folder / f"{name}.log"))
+            closing(Arm(name, python, script, {**self._spec, **spec}, self.folder / f"{name}.log", variables))
         )
 
     def ours(self, captures: Sequence[Capture]) -> list[Case]:
@@ -227,20 +230,26 @@ class Bench:
 
 def overheads(bench: Bench) -> list[Row]:
     """What capture adds to vLLM, and how fast it moves bytes."""
-    vllm = bench.start(VLLM, "vllm_alone.py")
-    cases = [Case(VLLM, vllm), Case(ONE_STEP_MORE, vllm, more_tokens=1), *bench.ours(CAPTURES)]
+    shipped = bench.start(VLLM, "vllm_alone.py")
+    alone = bench.start(ONE_PROCESS, "vllm_alone.py", variables={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    cases = [
+        Case(VLLM, shipped), Case(ONE_PROCESS, alone), Case(ONE_STEP_MORE, alone, more_tokens=1), *bench.ours(CAPTURES)
+    ]  # fmt: skip
     costs = bench.measure(cases, bench.size.rounds)
-    vllm.close()
+    shipped.close()
+    alone.close()
     rows = [
         bench.row(
-            capture.name, costs[capture.name], costs[VLLM], VLLM, goal=capture.goal, stretch=capture.stretch,
-            means=f"all layers of {', '.join(capture.sites)}, fsynced and committed, beside LLM.generate as shipped",
+            capture.name, costs[capture.name], costs[rival], rival, goal=capture.goal, stretch=capture.stretch,
+            means=f"all layers of {', '.join(capture.sites)}, fsynced and committed, beside LLM.generate as shipped, "
+            f"whose engine spins on a CPU while its worker computes, and without the spinning, in the same process",
         )
         for capture in CAPTURES
+        for rival in (VLLM, ONE_PROCESS)
     ]  # fmt: skip
     rows += [
         bench.row(
-            "1 step more", costs[ONE_STEP_MORE], costs[VLLM], VLLM,
+            "1 step more", costs[ONE_STEP_MORE], costs[ONE_PROCESS], ONE_PROCESS,
             means="vLLM alone, answers one token longer: what feeding the last token costs by itself",
         ),
         bench.row(
