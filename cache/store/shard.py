@@ -77,9 +77,11 @@ class _Buffer:
         return {"pid": os.getpid(), "shard": number, "fencing": fencing, "dtype": self.dtype, "arrays": arrays}
 
     def close(self) -> None:
-        """Close the descriptors; the memory goes when the last view of it does."""
+        """Close the descriptors, and let go of the memory, which goes with the last view of it that others have."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+        self.views.clear()
+        self.checksums.clear()
 
 
 class ShardBuffer(_Buffer):
@@ -96,6 +98,11 @@ class ShardBuffer(_Buffer):
         for site, file in layout.files.items():
             self.images[site] = self._allocate(site, file.size, file.shape, file.strides)
             self.images[site][file.index_offset :] = file.index
+
+    def close(self) -> None:
+        """See _Buffer."""
+        super().close()
+        self.images.clear()
 
     def clear(self, slot: int) -> None:
         """Fill a slot with NaN: what absent cells and free slots hold, and what betrays a row that nobody wrote."""
