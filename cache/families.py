@@ -54,7 +54,7 @@ class Family:
     d_ff : the config's name for the width of `mlp_act`.
     attention : Hugging Face's implementation that computes what the model means, where its default does not.
     required : config value -> what it must be, or the name of the config value that it must equal.
-    lora : whether LoRA adapters were tested: vLLM has none for some, and for experts none that a CPU could run.
+    adapted : whether LoRA adapters and quantised weights were tested.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Family:
     d_ff: str = "intermediate_size"
     attention: str | None = None
     required: Mapping[str, Any] = field(default_factory=dict)
-    lora: bool = True
+    adapted: bool = True
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ FAMILIES = {
         pairs=False,
         d_ff="n_inner",
         required={"add_cross_attention": False},
-        lora=False,
+        adapted=False,
     ),
     "OPTForCausalLM": Family(
         "opt",
@@ -174,10 +174,10 @@ FAMILIES = {
         "mixtral",
         _EXPERTS,
         vllm={site: at.replace("mlp", "block_sparse_moe") for site, at in _EXPERTS.items()},
-        lora=False,
+        adapted=False,
     ),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", _EXPERTS, lora=False),
-    "OlmoeForCausalLM": Family("olmoe", _EXPERTS, lora=False),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", _EXPERTS, adapted=False),
+    "OlmoeForCausalLM": Family("olmoe", _EXPERTS, adapted=False),
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from hiddenlake.cache.errors import BadInputError, CaptureError, UnknownNameError
 from hiddenlake.cache.families import Family, family_of
 from hiddenlake.cache.identity import digest
+from hiddenlake.cache.quantization import scheme_of
 
 DTYPES = ("bfloat16", "float32")
 
@@ -22,6 +23,7 @@ class Model:
     path : hub id or local folder, as the engines take it.
     widths : kind of width -> elements, as in `Site.width`; without `d_mlp` where the family has none.
     context : most tokens that a sequence may have.
+    quantization : what its quantisation is called (see quantization.py), or None.
     end_ids : tokens that end an answer.
     weights : the hub's commit, or `sha256:` and the hash of the local weight files.
     """
@@ -78,7 +80,7 @@ def load_model(path: str | os.PathLike[str], dtype: str | None = None) -> Model:
     dtype : `bfloat16` or `float32`; default the checkpoint's own.
 
     Raises BadInputError when there is no such model or its dtype cannot be stored, UnknownNameError for an
-    architecture or variant that is not supported, CaptureError without transformers.
+    architecture, variant or quantisation that is not supported, CaptureError without transformers.
     """
     try:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -105,13 +107,9 @@ def load_model(path: str | os.PathLike[str], dtype: str | None = None) -> Model:
         raise BadInputError(
             f"dtype {dtype} cannot be stored: expected one of {', '.join(DTYPES)}; pass --dtype to choose one"
         )
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        raise UnknownNameError(
-            f"model {path!r} is quantised ({quantization.get('quant_method', 'unknown method')}), which this version "
-            f"has not been tested with: use the unquantised checkpoint"
-        )
+    quantization = _quantization(config, family)
+    if quantization is not None and dtype != "bfloat16":
+        raise BadInputError(f"quantised weights were not tested with {dtype}: pass --dtype bfloat16")
     try:
         end = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
@@ -129,10 +127,23 @@ def load_model(path: str | os.PathLike[str], dtype: str | None = None) -> Model:
         widths=family.widths(config),
         context=config.max_position_embeddings,
         dtype=dtype,
-        quantization=None,
+        quantization=quantization,
         end_ids=tuple(ends),
         tokenizer=tokenizer,
     )
+
+
+def _quantization(config: Any, family: Family) -> str | None:
+    """What the checkpoint's quantisation is called, or None. Raises UnknownNameError for one that was not tested."""
+    # the second name is an older one
+    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if found is None:
+        return None
+    if not family.adapted:
+        raise UnknownNameError(
+            f"quantised weights were not tested in the family {family.name}: use the unquantised checkpoint"
+        )
+    return scheme_of(found if isinstance(found, dict) else found.to_dict())
 
 
 def _hub_commit(path: str, config: Any) -> str:

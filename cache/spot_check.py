@@ -63,6 +63,11 @@ def spot_check(capture: Capture, model: str | os.PathLike[str], samples: int, se
             "this capture was made with a LoRA adapter, which the reference engine does not load: merge the adapter into "
             "the model, and check a capture of that"
         )
+    if capture.identity["quantization"] is not None:
+        raise BadInputError(
+            "this capture was made with quantised weights, which the reference engine was not tested with: check a capture of "
+            "the unquantised model"
+        )
     source = load_model(model, capture.identity["compute_dtype"])
     if source.weights != capture.identity["weights"]:
         raise IdentityError(

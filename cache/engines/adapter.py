@@ -17,7 +17,7 @@ def check_adapter(folder: str, model: Model) -> int:
     Raises BadInputError for a folder that is no adapter, for a rank that vLLM does not serve and for an adapter that
     changes more than the blocks, UnknownNameError for a model whose adapters were not tested.
     """
-    if model.quantization is not None or not model.family.lora:
+    if model.quantization is not None or not model.family.adapted:
         what = "quantised weights" if model.quantization is not None else f"the family {model.family.name}"
         raise UnknownNameError(f"LoRA adapters on {what} were not tested with capture: merge the adapter into the model")
     path = Path(folder) / "adapter_config.json"

@@ -12,7 +12,7 @@ class PlainVllm:
 
     def __init__(self, request: Request) -> None:
         setup.import_vllm()
-        setup.choose_runner()
+        setup.choose_environment()
         from vllm import LLM, SamplingParams
         from vllm.platforms import current_platform
 

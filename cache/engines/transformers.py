@@ -32,6 +32,8 @@ class TransformersEngine:
             ) from error
         if request.lora is not None:
             raise CaptureError("the transformers engine loads no LoRA adapters: use vLLM, or merge the adapter into the model")
+        if request.model.quantization is not None:
+            raise CaptureError("the transformers engine was not tested with quantised weights: use vLLM, or the unquantised checkpoint")
         if unknown := sorted(request.options.keys() - {"batch_size"}):
             raise BadInputError(f"the transformers engine has no option {', '.join(unknown)}: it has batch_size")
         self.request = request

@@ -74,7 +74,7 @@ def _create(request: Request, options: dict[str, Any]) -> Any:
         **setup.TAP_ARGUMENTS,
         **options,
     )
-    setup.choose_runner()
+    setup.choose_environment()
     config = arguments.create_engine_config()
     _save_a_process(config, request.options)
     setup.check_runner(config)

@@ -70,9 +70,11 @@ def import_vllm() -> Any:
     return vllm
 
 
-def choose_runner() -> None:
-    """Have an engine that is about to start use a model runner that was tested, unless its user has chosen one."""
+def choose_environment() -> None:
+    """Have an engine that is about to start run what was tested, unless its user has chosen otherwise."""
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(_tested_runners()[0] == "V2")))
+    # vLLM 0.32 rounds activations to 8 bits, too, on CPUs that have instructions for it: see install_recorder
+    os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
 
 
 def _tested_runners() -> list[str]:

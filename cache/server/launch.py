@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from hiddenlake.cache.engines.vllm_setup import TAP_ARGUMENTS, choose_runner, import_vllm
+from hiddenlake.cache.engines.vllm_setup import TAP_ARGUMENTS, choose_environment, import_vllm
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.positions import parse_positions
 from hiddenlake.cache.server.intake import Offer
@@ -43,7 +43,7 @@ def launch(
     os.environ["VLLM_PLUGINS"] = ",".join(_plugins())
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     import_vllm()
-    choose_runner()
+    choose_environment()
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
 

@@ -28,6 +28,11 @@ def install_recorder(worker: Any, plan_json: dict[str, Any]) -> None:
     plan = Plan.from_json(plan_json)
     runner = worker.model_runner
     model = runner.get_model()  # without what replays its graphs
+    if any(getattr(module, "use_w4a8", False) for module in model.modules()):
+        raise CaptureError(
+            "vLLM rounds the activations of this model to 8 bits, though its quantisation is one of weights alone: set "
+            "VLLM_CPU_INT4_W4A8=0 before it is started"
+        )
     family = family_of(runner.model_config.hf_config.architectures)
     stage, tensor = get_pp_group(), get_tp_group()
     inner = model.get_submodule(family.layers.rpartition(".")[0])

@@ -1,5 +1,6 @@
 """Small models of every family with random weights, and what Hugging Face computes in them: hooks of the tests' own."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,13 @@ MODELS = {
     "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _WIDE | _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 96}),
     "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", _SHAPE | _EXPERTS | {"num_experts": 4}),
 }  # fmt: skip
+
+
+# Linear layers of the blocks, by how their names end.
+LINEAR = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    "qkv_proj", "gate_up_proj", "out_proj", "fc1", "fc2",
+)  # fmt: skip
 
 
 def make_model(family: str, folder: Path, tokenizer: Path) -> None:
@@ -109,11 +117,17 @@ class Reference:
 
         module.register_forward_hook(hook, with_kwargs=True)
 
-    def merge(self, added: dict[str, torch.Tensor]) -> None:
-        """Add to weights, by name."""
+    def replace(self, weights: dict[str, torch.Tensor]) -> None:
+        """Give weights other values, by name."""
         with torch.no_grad():
-            for name, values in added.items():
-                self._model.get_parameter(name).add_(values)
+            for name, values in weights.items():
+                self._model.get_parameter(name).copy_(values)
+
+    def round_inputs(self, rounded: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Have the linear layers of the blocks compute with other inputs than those that are watched."""
+        for name, module in self._model.named_modules():
+            if name.endswith(LINEAR):
+                module.forward = lambda x, forward=module.forward: forward(rounded(x))
 
     def __call__(self, token_ids: list[int]) -> dict[str, np.ndarray]:
         """{site: (layer, token, width)}, float32, without layer for `embed` and `final_norm`."""

@@ -25,7 +25,7 @@ from .small_models import MODELS, Reference, make_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-ADAPTED = [family.name for family in FAMILIES.values() if family.lora]
+ADAPTED = [family.name for family in FAMILIES.values() if family.adapted]
 SITES = ("attn_z", "attn_out", "mlp_act", "mlp_out", "resid_mid", "resid_post", "final_norm")
 SETTINGS = {"sites": SITES, "positions": [*PAPER, "0", "-50", "mean_all"], "dtype": "float32", "max_new_tokens": 8}
 
@@ -63,13 +63,13 @@ def source(llama):
 @pytest.mark.parametrize(("family", "rank"), [*zip(ADAPTED, cycle((6, 20)))])
 def test_rows_equal_hugging_face_with_the_adapter_merged(family, rank, folders, tmp_path):
     model = folders(family)
-    added = make_adapter(tmp_path / "a", model, rank, seed=rank)
+    merged = make_adapter(tmp_path / "a", model, rank, seed=rank)
     job = plan_job(model, make_task(8), **SETTINGS, lora=tmp_path / "a", options=CHUNKED)
     with running(job) as engine:
         capture, _ = capture_all(job, engine, tmp_path / "x")
     reference = Reference(family, model)
     least = least_differences(capture, reference)
-    reference.merge(added)
+    reference.replace(merged)
     worst = worst_errors(capture, reference)
     print(f"\n{family}, rank {rank}: worst relative L2 error by site {worst}; least difference to the base model's {least}")
     assert max(worst.values()) <= TOLERANCE

@@ -33,10 +33,10 @@ def test_the_first_tested_runner_is_used(runners, chosen, monkeypatch):
     monkeypatch.setitem(setup.TESTED_VERSIONS, "0.32.0", dict.fromkeys(runners, "here"))
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "")  # so that it is as before in the end
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
-    setup.choose_runner()
+    setup.choose_environment()
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == chosen
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    setup.choose_runner()
+    setup.choose_environment()
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
 
