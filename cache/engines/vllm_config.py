@@ -106,7 +106,10 @@ def _step_rows(request: Request, config: Any) -> int:
 
 
 def _device_memory(request: Request, config: Any, rows: int) -> tuple[int, int]:
-    """(bytes of the taps' buffers on the GPU that has most of them, tokens of KV cache that they take the place of)."""
+    """(bytes of the taps' buffers on the GPU that has most of them, tokens of KV cache that they take the place of).
+
+    Raises CaptureError for more than vLLM may have there; what the model itself leaves, vLLM finds out.
+    """
     from vllm.distributed.utils import get_pp_indices
     from vllm.platforms import current_platform
 
@@ -127,6 +130,13 @@ def _device_memory(request: Request, config: Any, rows: int) -> tuple[int, int]:
     # the first rank of a stage has all that its ranks have in common
     owned, table = max(tables.items(), key=lambda item: len(item[1]))
     taken = device_bytes(rows, table, request.model.itemsize)
+    room = int(config.cache_config.gpu_memory_utilization * current_platform.get_device_total_memory())
+    if taken > room:
+        raise CaptureError(
+            f"the taps' buffers need {taken / 2**30:.1f} GiB of each GPU for the {rows} rows that a step may want, and "
+            f"vLLM has {room / 2**30:.1f} GiB there for all: lower max_num_batched_tokens or max_num_seqs, or capture "
+            f"fewer sites or layers"
+        )
     itemsize = 1 if "fp8" in str(config.cache_config.cache_dtype) else model.dtype.itemsize
     token = 2 * len(owned) * model.get_num_kv_heads(parallel) * model.get_head_size() * itemsize
     return taken, taken // token

@@ -128,6 +128,7 @@ def test_device_bytes_are_projected(parallel, layers, demo_model_folder, monkeyp
     config, memory = vllm_config.configure(job.request)
     assert memory.device_bytes == memory.kv_tokens == 0
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    monkeypatch.setattr(type(current_platform), "get_device_total_memory", lambda *_: 80 << 30)
     # 256 sequences, each with one token of a step or with the paper's prompt positions: last_q and -8 to -1
     rows = 256 * 8
     taken, tokens = vllm_config._device_memory(job.request, config, rows)
@@ -135,3 +136,6 @@ def test_device_bytes_are_projected(parallel, layers, demo_model_folder, monkeyp
     assert taken == 2 * rows * row * 2 + (2 * rows + 1 + 2 * layers + 1) * 8
     assert tokens == taken // (2 * layers * 3 * 64 * 2)
     assert vllm_config._step_rows(job.request, config) == min(config.scheduler_config.max_num_batched_tokens, rows)
+    monkeypatch.setattr(type(current_platform), "get_device_total_memory", lambda *_: 1 << 20)
+    with pytest.raises(CaptureError, match="the taps' buffers need .* lower max_num_batched_tokens or max_num_seqs"):
+        vllm_config._device_memory(job.request, config, rows)
