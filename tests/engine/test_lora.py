@@ -1,6 +1,7 @@
 """LoRA: rows of an adapted model equal Hugging Face's with the adapter merged into its weights, in every family."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from itertools import cycle
 
@@ -43,7 +44,7 @@ def folders(demo_model_folder, tmp_path_factory):
         make_model(family, root / family, demo_model_folder)
         file = root / family / "model.safetensors"
         tensors = load_file(file)
-        next(tensor for name, tensor in tensors.items() if "embed_tokens" in name or "wte" in name)[:, ::7] = -0.0
+        next(tensor for name, tensor in tensors.items() if "embed_tokens" in name)[:, ::7] = -0.0
         save_file(tensors, file, metadata={"format": "pt"})
         return root / family
 
@@ -64,7 +65,7 @@ def source(llama):
 def test_rows_equal_hugging_face_with_the_adapter_merged(family, rank, folders, tmp_path):
     model = folders(family)
     merged = make_adapter(tmp_path / "a", model, rank, seed=rank)
-    job = plan_job(model, make_task(8), **SETTINGS, lora=tmp_path / "a", options=CHUNKED)
+    job = plan_job(model, make_task(5), **SETTINGS, lora=tmp_path / "a", options=CHUNKED)
     with running(job) as engine:
         capture, _ = capture_all(job, engine, tmp_path / "x")
     reference = Reference(family, model)
@@ -163,9 +164,10 @@ def test_what_is_no_adapter_is_refused(llama, source, tmp_path):
 
 
 @pytest.mark.parametrize("family", sorted(MODELS.keys() - ADAPTED))
-def test_families_without_tested_adapters_are_refused(family, folders):
+def test_families_without_tested_adapters_are_refused(family, source):
+    other = next(other for other in FAMILIES.values() if other.name == family)
     with pytest.raises(UnknownNameError, match=f"adapters on the family {family} were not tested"):
-        check_adapter("", load_model(folders(family)))
+        check_adapter("", replace(source, family=other))
 
 
 def test_the_transformers_engine_refuses_adapters(llama, tmp_path):
