@@ -5,9 +5,9 @@ from typing import Any
 
 from hiddenlake.cache.engines import vllm_setup as setup
 from hiddenlake.cache.engines.base import Request
-from hiddenlake.cache.engines.vllm_config import QUEUE, configure
 from hiddenlake.cache.engines.ranks import Ranks
 from hiddenlake.cache.engines.vllm_canary import canary_arguments, canary_params, judge_canary
+from hiddenlake.cache.engines.vllm_config import QUEUE, configure
 from hiddenlake.cache.errors import CaptureError
 from hiddenlake.cache.positions import wanted
 from hiddenlake.cache.samples import Generation, Prompt

@@ -137,6 +137,5 @@ def _device_memory(request: Request, config: Any, rows: int) -> tuple[int, int]:
             f"vLLM has {room / 2**30:.1f} GiB there for all: lower max_num_batched_tokens or max_num_seqs, or capture "
             f"fewer sites or layers"
         )
-    itemsize = 1 if "fp8" in str(config.cache_config.cache_dtype) else model.dtype.itemsize
-    token = 2 * len(owned) * model.get_num_kv_heads(parallel) * model.get_head_size() * itemsize
+    token = 2 * len(owned) * model.get_num_kv_heads(parallel) * model.get_head_size() * model.dtype.itemsize
     return taken, taken // token
