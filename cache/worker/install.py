@@ -15,6 +15,7 @@ from hiddenlake.cache.worker import rows_v1, rows_v2, taps
 from hiddenlake.cache.worker.bits import as_bits
 from hiddenlake.cache.worker.hooks import Embedding
 from hiddenlake.cache.worker.logprobs import install_logprobs
+from hiddenlake.cache.worker.orphan import exit_with_parent
 from hiddenlake.cache.worker.plan import Plan
 from hiddenlake.cache.worker.recorder import Recorder
 from hiddenlake.cache.worker.staging import make_staging
@@ -25,6 +26,7 @@ def install_recorder(worker: Any, plan_json: dict[str, Any]) -> None:
     """Install the taps and follow the runner's steps. Called right after the model is loaded."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
+    exit_with_parent()
     plan = Plan.from_json(plan_json)
     runner = worker.model_runner
     model = runner.get_model()  # without what replays its graphs

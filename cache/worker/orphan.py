@@ -1,15 +1,23 @@
-"""An engine process must not outlive a driver that was killed: it would hold the device and wait for ever."""
+"""No process of vLLM may outlive the one that started it: it would hold the device and wait for ever."""
 
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
 import threading
 
+# As vLLM names its engine's process and those of its workers.
+_NAMES = ("EngineCore", "VllmWorker")
 
-def exit_with_driver() -> None:
-    """End vLLM's engine process, and with it its workers, when the driver is gone. Does nothing elsewhere."""
+
+@functools.cache
+def exit_with_parent() -> None:
+    """End this process, if it is one of vLLM's, when the one that started it is gone.
+
+    Workers that compute together wait for each other without looking up, so that vLLM's own watch does not end them.
+    """
     parent = multiprocessing.parent_process()
-    if parent is None or not multiprocessing.current_process().name.startswith("EngineCore"):
+    if parent is None or not multiprocessing.current_process().name.startswith(_NAMES):
         return
 
     def watch() -> None:

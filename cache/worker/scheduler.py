@@ -10,14 +10,14 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from hiddenlake.cache.worker.orphan import exit_with_driver
+from hiddenlake.cache.worker.orphan import exit_with_parent
 from hiddenlake.cache.worker.plan import LAST_TOKEN_ARG
 
 
 class _LastTokenMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        exit_with_driver()
+        exit_with_parent()
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         self._runner_output = model_runner_output

@@ -1,5 +1,11 @@
 """Tensor and pipeline parallelism: two ranks fill one shard, each with what it has."""
 
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
 import pytest
 
 from hiddenlake.cache.engines import vllm_setup
@@ -8,7 +14,7 @@ from hiddenlake.cache.job import plan_job
 from hiddenlake.cache.positions import PAPER
 
 from .captures import CHUNKED, TOLERANCE, capture_all, running, worst_errors
-from .conftest import make_task
+from .conftest import ENVIRONMENT, make_task
 from .small_models import Reference, make_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -72,3 +78,29 @@ def test_a_dead_tap_of_the_second_rank_refuses(model, tmp_path, monkeypatch):
     refused = r"the canary failed.*1 of 26 taps left no values \(first: mlp_act 1\)"
     with pytest.raises(CaptureError, match=refused), running(plan(model, "tensor")):
         pytest.fail("the engine started")
+
+
+def test_no_rank_outlives_a_killed_driver(model, tmp_path):
+    """Ranks that compute together wait for each other, and nobody tells them that the driver is gone."""
+    out = tmp_path / "x"
+    command = [
+        sys.executable, "-m", "hiddenlake.cli", "capture", "--model", model, "--task", "cities", "--limit", 400, "--out", out,
+        "--sites", "resid_post", "--dtype", "float32", "--max-new-tokens", 100, "--shard-samples", 8,
+        "--engine-options", '{"tensor_parallel_size": 2, "max_num_seqs": 16}',
+    ]  # fmt: skip
+    with subprocess.Popen(
+        list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as driver:
+        deadline = time.monotonic() + 300
+        while not list(out.glob("claims/*")) and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(2)  # into the answers
+        assert driver.poll() is None, driver.stderr.read()
+        processes = psutil.Process(driver.pid).children(recursive=True)
+        names = " ".join(" ".join(process.cmdline()) for process in processes)
+        driver.send_signal(signal.SIGKILL)
+        _, alive = psutil.wait_procs(processes, timeout=20)
+        for process in alive:
+            process.kill()
+    assert "EngineCore" in names and "Worker_TP0" in names and "Worker_TP1" in names, driver.stderr
+    assert not alive
