@@ -7,7 +7,7 @@ from _prompts import stories
 from _reference import Reference
 
 LAYER = 15
-SITES = {"attn_out", "mlp_in", "mlp_out", "resid_post"}
+SITES = ("attn_out", "mlp_in", "mlp_out", "resid_post")
 
 
 @pytest.mark.slow
@@ -18,11 +18,11 @@ def test_only_the_row_itself_passes(demo_model_folder):
     one, other, third = (list(encode(text)[1]) for text in stories(0, 3))
     reference = Reference(demo_model_folder, LAYER)
     rounded = Reference(demo_model_folder, LAYER)
-    rounded._model.to(torch.bfloat16)
-    assert reference._last_rows(one).keys() == SITES
+    rounded.rows.model.to(torch.bfloat16)
 
     def rows(ids):
-        return {site: row.tolist() for site, row in rounded._last_rows(ids).items()}
+        every = rounded.rows(ids)
+        return {site: every[site][LAYER, -1].tolist() for site in SITES}
 
     assert reference.what_is_wrong(one, other, rows(one)) is None
     assert "differs" in reference.what_is_wrong(one, other, rows(one[:-1]))

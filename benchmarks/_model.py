@@ -1,5 +1,6 @@
-"""Models made on the spot, so that a GPU without a network has one, and prompts for them."""
+"""Models made on the spot, for machines without a network and runs that must be quick, and prompts for them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +29,15 @@ _EMBEDDING = 1.0
 _LOGITS = 0.01
 
 
-def make_model(folder: Path, shape: Shape, weights: bool) -> Path:
-    """A Hugging Face folder: config and tokenizer, and random weights in bfloat16 or, for load_format="dummy", none."""
+def make_model(folder: Path, shape: Shape, weights: bool, ends: Sequence[int] = ()) -> Path:
+    """A Hugging Face folder: config and tokenizer, and random weights in bfloat16 or, for load_format="dummy", none.
+
+    ends : tokens that end an answer, beside the last of the vocabulary.
+    """
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
     end = shape.vocabulary - 1
     LlamaConfig(
@@ -42,6 +46,7 @@ def make_model(folder: Path, shape: Shape, weights: bool) -> Path:
         num_key_value_heads=shape.kv_heads, head_dim=128, max_position_embeddings=8192, rms_norm_eps=1e-5,
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=end,
     ).save_pretrained(folder)  # fmt: skip
+    GenerationConfig(eos_token_id=[end, *ends]).save_pretrained(folder)
     words = {**{f"w{i}": i for i in range(end - 1)}, "<unk>": end - 1, "</s>": end}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
