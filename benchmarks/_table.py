@@ -138,5 +138,6 @@ def _ratio(value: float | None) -> str:
 def _goal(row: Row) -> str:
     if row.goal is None:
         return ""
-    stretch = f", stretch {_ratio(row.stretch)}" if row.stretch else ""
-    return f"{_ratio(row.goal)}{stretch}: {'not judged' if row.met is None else 'met' if row.met else 'missed'}"
+    number = _number if row.ratio is None else _ratio  # what is no comparison is judged as it is
+    stretch = f", stretch {number(row.stretch)}" if row.stretch else ""
+    return f"{number(row.goal)}{stretch}: {'not judged' if row.met is None else 'met' if row.met else 'missed'}"
