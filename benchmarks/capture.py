@@ -45,7 +45,7 @@ class Size:
     judged: bool
 
 
-FULL = Size(64, 64, 30, 5, judged=True)
+FULL = Size(64, 64, 24, 5, judged=True)
 QUICK = Size(32, 32, 3, 1, judged=False)
 
 
