@@ -41,7 +41,7 @@ class Counts:
     """What happened to the generations of one job.
 
     stored : keys.  abandoned : aborted for good.  failed : could not be stored, twice.
-    retried, causes : could not be stored at first, and why.  aborts : by moment.  again : asked for again after an abort.
+    retried, causes : could not be stored at first, and why.  aborts : by moment.  again : asked for again after one.
     full : turns in which the engine had no room for more.  stopped : answers that a stop string ended.
     tails : last tokens that were fed behind one.
     """
