@@ -32,14 +32,14 @@ def install_logprobs(sampler: Any) -> None:
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """(row,) float32: log-softmax of logits (row, vocabulary) at one token a row."""
-    own = logits.gather(-1, token_ids.unsqueeze(-1)).float()
+    own = logits.gather(-1, token_ids.unsqueeze(-1)).float()[:, 0]
     total = torch.empty(len(logits))
     row = torch.empty(logits.shape[-1])
     for i in range(len(logits)):
-        torch.sub(logits[i], own[i], out=row)
-        torch.sum(row.exp_(), 0, out=total[i])
-    logprobs = -total.log()
-    if not (finite := logprobs.isfinite()).all():  # a token e**88 times less probable than the best
-        rest = logits[~finite].float()
-        logprobs[~finite] = own[~finite, 0] - rest.logsumexp(-1)
+        # the copy converts; subtracting something at once would take three times as long
+        torch.sum(row.copy_(logits[i]).exp_(), 0, out=total[i])
+    logprobs = own - total.log()
+    # logits so far from zero that float32 has no exponential of them, or one of few digits
+    if (far := (total < 1e-30) | ~total.isfinite()).any():
+        logprobs[far] = own[far] - logits[far].float().logsumexp(-1)
     return logprobs

@@ -1,11 +1,13 @@
 """Staging: tells the taps which rows a step wants and where they go, and brings them home in one copy."""
 
+import operator
+
 import numpy as np
 import torch
 
 from hiddenlake.cache.rows import TapTable
 from hiddenlake.cache.worker.ring import Ring, runs
-from hiddenlake.cache.worker.taps import TapBuffers
+from hiddenlake.cache.worker.taps import Pick, TapBuffers
 
 
 class HostStaging:
@@ -24,8 +26,17 @@ class HostStaging:
         for _, slot, n in parts:
             self.ring.arena[slot : slot + n].index_fill_(1, self.buffers.firsts, torch.nan)
         self.buffers.set(torch.tensor(rows, dtype=torch.int64), torch.from_numpy(slots))
-        if len(parts) == 1 and (not rows or rows[-1] - rows[0] == len(rows) - 1):
-            self.buffers.straight = (rows[0], parts[0][1], len(rows))
+        if len(parts) <= 1:
+            self.buffers.straight = self._pick(rows), *(parts[0][1:] if parts else (0, 0))
+
+    def _pick(self, rows: list[int]) -> Pick:
+        """rows : ascending."""
+        n = len(rows)
+        if n and rows[-1] - rows[0] != n - 1:
+            index = self.buffers.rows[:n]
+            return lambda batch: batch.index_select(0, index)
+        first = rows[0] if rows else 0
+        return operator.itemgetter(slice(first, first + n))
 
     def collect(self) -> None:
         """After the forward pass."""

@@ -4,6 +4,8 @@ A tap gathers the rows that the row map asks for into its place in the packed ro
 itself, because the next fused norm overwrites both in place.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from hiddenlake.cache.errors import CaptureError
@@ -32,13 +34,16 @@ def _(hidden, residual, rows, slots, count, out, offset) -> None:
     return None
 
 
+Pick = Callable[[torch.Tensor], torch.Tensor]
+
+
 class TapBuffers:
     """Static buffers that taps read and write, on the model's device.
 
     rows, slots : (R,) int64, which row of the batch goes to which row of `out`.  count : (1,) int64, how many.
     out : (C, element), packed rows.  firsts : (tap,) int64, the first element of each tap in a row.
-    straight : (first row, first slot, count) where both are consecutive and lie on a CPU, else None. Set before each
-        step; read by taps that run eagerly, for which it saves the indexing.
+    straight : (what takes the wanted rows of a batch, first slot, count) where the slots are consecutive and lie on a
+        CPU, else None. Set before each step; read by taps that run eagerly, for which it saves the scattering.
     """
 
     def __init__(self, max_rows: int, out: torch.Tensor, firsts: torch.Tensor) -> None:
@@ -47,7 +52,7 @@ class TapBuffers:
         self.count = torch.zeros(1, dtype=torch.int64, device=out.device)
         self.out = out
         self.firsts = firsts
-        self.straight: tuple[int, int, int] | None = None
+        self.straight: tuple[Pick, int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -80,12 +85,12 @@ def _writer(buffers: TapBuffers, offset: int, width: int) -> Write:
             )
         # The op's dispatch costs 20 microseconds on a CPU, more than the copy; a graph needs the op.
         if not torch.compiler.is_compiling() and buffers.straight is not None:
-            row, slot, n = buffers.straight
+            pick, slot, n = buffers.straight
             target = buffers.out[slot : slot + n, offset : offset + width]
             if residual is None:
-                target.copy_(hidden[row : row + n])
+                target.copy_(pick(hidden))
             else:
-                torch.add(hidden[row : row + n], residual[row : row + n], out=target)
+                torch.add(pick(hidden), pick(residual), out=target)
             return
         torch.ops.hiddenlake.tap(hidden, residual, buffers.rows, buffers.slots, buffers.count, buffers.out, offset)
 

@@ -23,6 +23,15 @@ def test_a_token_that_is_next_to_impossible():
     assert found[0] == -200 and abs(float(found[1]) + 0.6931) < 1e-4
 
 
+@pytest.mark.parametrize("shift", [-200.0, -95.0, -60.0, 60.0, 85.0, 200.0])
+def test_logits_far_from_zero(shift):
+    """float32 has no exponential of some of these, and one of few digits of others."""
+    logits = torch.randn(4, 300) + shift
+    ids = torch.tensor([0, 5, 7, 299])
+    expected = logits.double().log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    torch.testing.assert_close(token_logprobs(logits, ids).double(), expected, atol=1e-4, rtol=0)
+
+
 def test_more_than_the_token_itself_goes_the_old_way():
     vllm = pytest.importorskip("vllm.v1.sample.sampler")
     sampler = vllm.Sampler()
