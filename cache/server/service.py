@@ -1,6 +1,7 @@
 """The service: follows the requests of vLLM's server, beside it in its process."""
 
 import asyncio
+import queue
 import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ class Service:
         self._thread = ThreadPoolExecutor(1, "hiddenlake-collector")
         self._reader = ThreadPoolExecutor(1, "hiddenlake-committed")
         self._busy = asyncio.Event()
-        self._ended: list[Answers] = []
+        self._ended: queue.SimpleQueue[Answers] = queue.SimpleQueue()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._start(self._tick())
 
@@ -97,7 +98,7 @@ class Service:
         self._store(answers)
 
     def _store(self, answers: Answers) -> None:
-        self._ended.append(answers)
+        self._ended.put(answers)
         try:
             self._thread.submit(self._store_ended)
         except RuntimeError:
@@ -106,7 +107,10 @@ class Service:
 
     def _store_ended(self) -> None:
         """In the collector's thread: all that has ended by now, in one go."""
-        ended, self._ended = self._ended, []
+        ended = []
+        with suppress(queue.Empty):
+            while True:
+                ended.append(self._ended.get_nowait())
         if ended:
             self.collector.finish(ended)
 
