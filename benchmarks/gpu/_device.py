@@ -20,9 +20,9 @@ def facts() -> dict[str, Any]:
     """Of the machine and its versions, GPU and driver first."""
     import vllm
 
-    known = machine("transformers", "zarr")
-    known["versions"] |= {"vllm": vllm.__version__}
-    return about() | {"device_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)} | known
+    known = about()
+    known["versions"] |= machine("transformers", "zarr")["versions"] | {"vllm": vllm.__version__}
+    return known | {"device_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)}
 
 
 def link_bandwidth() -> float:
@@ -83,4 +83,3 @@ def _seconds(work: Callable[[], object]) -> float:
     end.synchronize()
     torch.cuda.empty_cache()  # the card is for the engines
     return start.elapsed_time(end) / 1e3
-

@@ -1,18 +1,15 @@
 """The gather kernel on CUDA: is it right, and how near to the memory's bandwidth is it?
 
-    python benchmarks/gpu/gather.py [--json FILE]
+    python benchmarks/gpu/gather.py [--quick] [--json FILE]
 
 Every tap of a case runs in one CUDA graph, as in vLLM's decoding, on activations of its own, so that the L2 cache
 holds none of them. Compared with torch's index_select + add + index_copy in a graph of its own, and with the
 device-to-device copy of a large buffer, which is the limit. GB/s count what must be moved: wanted rows, read and
-written once. Rounds are interleaved; an interval is a 90 % bootstrap of the median over the rounds.
-Needs torch and triton only.
+written once. Rounds are interleaved. Needs torch, triton and numpy only.
 """
 
 import argparse
 import importlib.util
-import json
-import random
 import shutil
 import statistics
 import subprocess
@@ -22,10 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-ROUNDS = 20
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from _table import Row, compare, machine, print_table, write_json
+
+ROUNDS, QUICK = 20, 5
 MEASURED = 0.02  # seconds of one measurement: some hundred replays, far above the resolution of events (0.5 us)
 COPIED = 1 << 29  # bytes of the copied buffer: ten times an H100's L2 cache
 TORCH = "torch index_select + add + index_copy"
@@ -60,16 +61,18 @@ CASES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} rounds instead of {ROUNDS}")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu/gather.py needs a CUDA device, and torch sees none.")
-    machine = about()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()), file=sys.stderr)
-    rows = [row for case in CASES for row in measured(case)] + [host()]
-    print_rows(rows)
+    rounds = QUICK if arguments.quick else ROUNDS
+    facts = about()
+    print(f"{facts}\n")
+    rows = [row for case in CASES for row in measured(case, rounds)] + [host(rounds)]
+    print_table(rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        write_json(arguments.json, rows, facts)
 
 
 def kernel():
@@ -119,7 +122,7 @@ def check(case: Case, taps: list[tuple]) -> None:
             sys.exit(f"{case.name}: wrong at row {r}, column {offset + c}: {found[r, c]}, expected {expected[r, c]}.")
 
 
-def measured(case: Case) -> list[dict]:
+def measured(case: Case, rounds: int) -> list[Row]:
     """Two rows: against torch, and against the limit."""
     taps = make(case)
     ours = captured(gather.gather_rows, taps)
@@ -128,21 +131,21 @@ def measured(case: Case) -> list[dict]:
     check(case, taps)
     source = torch.empty(COPIED, dtype=torch.uint8, device="cuda").random_()
     copy = partial(torch.empty_like(source).copy_, source)
-    times = in_turns(ours, captured(torch_way, taps), copy)
+    times = in_turns(rounds, ours, captured(torch_way, taps), copy)
     moved = (case.bytes, case.bytes, 2 * COPIED)
-    a, b, limit = ([m / t / 1e9 for t in each] for m, each in zip(moved, times, strict=True))
-    us = statistics.median(times[0]) / case.taps * 1e6
+    speeds = [[m / t / 1e9 for t in each] for m, each in zip(moved, times, strict=True)]
+    note = f"{statistics.median(times[0]) / case.taps * 1e6:.2f} us a tap"
     return [
-        row(f"{case.name}, GB/s", a, b, TORCH, [x / y for x, y in zip(a, b, strict=True)], goal=1.0, us_a_tap=us),
-        row(f"{case.name}, GB/s", a, limit, LIMIT, [x / y for x, y in zip(a, limit, strict=True)], us_a_tap=us),
+        compare(case.name, "GB/s", speeds[0], rival, name, goal=goal, less_is_better=False, note=note)
+        for rival, name, goal in ((speeds[1], TORCH, 1.0), (speeds[2], LIMIT, None))
     ]
 
 
-def host() -> dict:
+def host(rounds: int) -> Row:
     """Outside a graph (long prefills) the host pays for every launch."""
     taps = make(Case("", 8, 8, 8, 4096, 100, True, 16))
     times: tuple[list[float], list[float]] = ([], [])
-    for k in range(ROUNDS + 1):
+    for k in range(rounds + 1):
         for function, kept in zip((gather.gather_rows, torch_way), times, strict=True):
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -150,7 +153,7 @@ def host() -> dict:
                 function(*tap)
             if k:
                 kept.append((time.perf_counter() - start) / len(taps) * 1e6)
-    return row("one call outside a graph, us of the host", *times, TORCH, [b / a for a, b in zip(*times, strict=True)])
+    return compare("one call outside a graph", "us of the host", *times, TORCH)
 
 
 def captured(function: Callable, taps: list[tuple]) -> Callable[[], None]:
@@ -168,11 +171,11 @@ def captured(function: Callable, taps: list[tuple]) -> Callable[[], None]:
     return graph.replay
 
 
-def in_turns(*works: Callable[[], object]) -> list[list[float]]:
-    """Seconds of one call of each, in rotated order."""
+def in_turns(rounds: int, *works: Callable[[], object]) -> list[list[float]]:
+    """Seconds of one call of each in each round, in rotated order."""
     repeats = [max(1, round(MEASURED / seconds(work, 3))) for work in works]
     times: list[list[float]] = [[] for _ in works]
-    for k in range(ROUNDS):
+    for k in range(rounds):
         order = [*range(k % len(works), len(works)), *range(k % len(works))]
         for i in order:
             times[i].append(seconds(works[i], repeats[i]))
@@ -191,41 +194,12 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return start.elapsed_time(end) / 1e3 / repeats
 
 
-def row(case, ours, rival, rival_name, ratios, goal=None, us_a_tap=None) -> dict:
-    """ratio > 1 means that ours is better; the goal is met when the interval's lower end meets it."""
-    chance = random.Random(0)
-    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(2000))
-    low, high = medians[100], medians[-101]
-    return {
-        "case": case, "ours": statistics.median(ours), "rival": statistics.median(rival), "rival_name": rival_name,
-        "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high,
-        "goal": goal, "met": None if goal is None else low >= goal, "us_a_tap": us_a_tap,
-    }  # fmt: skip
-
-
-def print_rows(rows: list[dict]) -> None:
-    print("| what | hiddenlake | us a tap | compared with | ratio (90 % interval) | goal |")
-    print("|---|---|---|---|---|---|")
-    for r in rows:
-        us = "" if r["us_a_tap"] is None else f"{r['us_a_tap']:.2f}"
-        goal = "" if r["goal"] is None else f"{r['goal']:.2f}, {'met' if r['met'] else 'NOT met'}"
-        ratio = f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
-        print(f"| {r['case']} | {r['ours']:.4g} | {us} | {r['rival']:.4g}, {r['rival_name']} | {ratio} | {goal} |")
-
-
-def about() -> dict[str, str]:
-    import triton
-
+def about() -> dict[str, Any]:
     smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = "unknown (no nvidia-smi)"
     if shutil.which(smi[0]):
         driver = subprocess.run(smi, capture_output=True, text=True, check=True).stdout.split()[0]
-    return {
-        "GPU": torch.cuda.get_device_name(),
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
+    return {"GPU": torch.cuda.get_device_name(), "driver": driver} | machine("torch", "triton")
 
 
 if __name__ == "__main__":
