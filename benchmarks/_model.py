@@ -62,7 +62,11 @@ def make_model(folder: Path, shape: Shape, weights: bool, ends: Sequence[int] = 
     embedding = _EMBEDDING * torch.randn(shape.vocabulary, shape.hidden)
     head = torch.empty_like(embedding)
     head[torch.randperm(shape.vocabulary)] = _LOGITS * embedding
-    tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": head, "model.norm.weight": torch.ones(shape.hidden)}
+    tensors = {
+        "model.embed_tokens.weight": embedding,
+        "lm_head.weight": head,
+        "model.norm.weight": torch.ones(shape.hidden),
+    }
     for i in range(shape.layers):
         layer = f"model.layers.{i}"
         for name in ("q_proj", "k_proj", "v_proj"):

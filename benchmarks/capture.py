@@ -2,11 +2,11 @@
 
     python benchmarks/capture.py [--quick] [--json FILE] [--rivals NAME,...] [--rounds N]
 
-SmolLM2-135M in bfloat16 answers 64 prompts at once with up to 64 tokens (--quick: 32 and 32). Every engine runs in a process of its own
-that is started once; rounds go through all of them in rotated order, each with prompts that none has seen. A ratio
-is of CPU seconds, all processes of an arm counted, in the same round: wall clock times depend on who else uses the
-machine. Every arm has one thread, and shows in every round that it captured: its rows are counted, and one is
-compared with Hugging Face's in float32.
+SmolLM2-135M in bfloat16 answers 64 prompts at once with up to 64 tokens (--quick: 32 and 32). Every engine runs in a
+process of its own that is started once; rounds go through all of them in rotated order, each with prompts that none
+has seen. A ratio is of CPU seconds, all processes of an arm counted, in the same round: wall clock times depend on who
+else uses the machine. Every arm has one thread, and shows in every round that it captured: its rows are counted, and
+one is compared with Hugging Face's in float32.
 """
 
 import argparse
@@ -162,7 +162,12 @@ class Bench:
         self.written: list[float] = []
 
     def start(
-        self, name: str, script: str, environment: str | None = None, variables: dict[str, str] | None = None, **spec: Any
+        self,
+        name: str,
+        script: str,
+        environment: str | None = None,
+        variables: dict[str, str] | None = None,
+        **spec: Any,
     ) -> Arm:
         """An arm, on its way. Raises RuntimeError when its environment cannot be made."""
         python = python_of(environment) if environment else sys.executable

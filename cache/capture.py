@@ -121,9 +121,7 @@ def capture(
         ring_bytes=ring_bytes,
         options=options,
     )
-    return run_job(
-        job, out=out, engine=engine, buffer_bytes=buffer_bytes, shard_samples=shard_samples, watcher=watcher
-    )
+    return run_job(job, out=out, engine=engine, buffer_bytes=buffer_bytes, shard_samples=shard_samples, watcher=watcher)
 
 
 def run_job(

@@ -42,7 +42,9 @@ EXACT_ANSWER = (
 NAMED = ("last_q", "first_answer", "second_answer", *EXACT_ANSWER)
 
 # Poolings over a span: (the function, the span).
-POOLS = {f"{how}_{span}": (how, span) for how in ("mean", "max") for span in ("prompt", "answer", "all", "exact_answer")}
+POOLS = {
+    f"{how}_{span}": (how, span) for how in ("mean", "max") for span in ("prompt", "answer", "all", "exact_answer")
+}
 
 # The 15 columns of the heatmaps in "LLMs Know More Than They Show", in their order.
 PAPER = (*NAMED, *(str(-k) for k in range(8, 0, -1)))

@@ -42,7 +42,11 @@ class ProgressBar(Watcher):
             f"{summary.planned} samples, {summary.present} of them captured before; {cost.samples} to capture: "
             f"{size(cost.disk_bytes)} of disk ({size(cost.disk_free)} free), {size(cost.buffer_bytes)} of shard buffers, "
             f"up to {size(cost.ring_bytes)} of ring for {cost.in_flight} samples at once"
-            + (f", {size(cost.device_bytes)} of each GPU ({cost.kv_tokens} tokens of KV cache)" if cost.device_bytes else ""),
+            + (
+                f", {size(cost.device_bytes)} of each GPU ({cost.kv_tokens} tokens of KV cache)"
+                if cost.device_bytes
+                else ""
+            ),
             soft_wrap=True,
         )
         self._total = cost.samples

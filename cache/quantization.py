@@ -5,7 +5,12 @@ from typing import Any
 
 from hiddenlake.cache.errors import UnknownNameError
 
-_INT = {"type": (None, "int"), "dynamic": (None, False), "block_structure": None, "actorder": (None, "static", "weight")}
+_INT = {
+    "type": (None, "int"),
+    "dynamic": (None, False),
+    "block_structure": None,
+    "actorder": (None, "static", "weight"),
+}
 _PER_TOKEN = {
     "num_bits": (None, 8), "type": (None, "int"), "symmetric": (None, True), "dynamic": True, "strategy": "token",
 }  # fmt: skip

@@ -138,5 +138,5 @@ def _mask(mask: xr.DataArray | np.ndarray | None, cells: Cells) -> np.ndarray | 
 
 def _repeating(groups: np.ndarray, kept: np.ndarray) -> np.ndarray | None:
     """Group numbers when some group has several samples, else None."""
-    names, member = np.unique(groups.astype(str), return_inverse=True)
+    _, member = np.unique(groups.astype(str), return_inverse=True)
     return member if len(set(member[kept].tolist())) < int(kept.sum()) else None

@@ -8,9 +8,7 @@ import numpy as np
 from hiddenlake.cache.errors import ProbeError
 
 
-def make_folds(
-    positive: np.ndarray, *, n_folds: int = 5, groups: Sequence | np.ndarray, seed: int = 0
-) -> np.ndarray:
+def make_folds(positive: np.ndarray, *, n_folds: int = 5, groups: Sequence | np.ndarray, seed: int = 0) -> np.ndarray:
     """Fold of each sample, as in StratifiedGroupKFold: whole groups, both classes spread evenly.
 
     positive : (sample,) bool.  groups : (sample,) names; the samples of a name share a fold.

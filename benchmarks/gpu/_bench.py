@@ -135,7 +135,9 @@ class Bench:
         length = self.size.new_tokens + more
         answer = arm.ask({"texts": texts, "ids": ids, "max_new_tokens": length, "batch": BATCH, "layer": 0})
         if answer["tokens"] != len(ids) * length:
-            print(f"{name}: {answer['tokens']} tokens instead of {len(ids) * length}: some answers ended", file=sys.stderr)
+            print(
+                f"{name}: {answer['tokens']} tokens instead of {len(ids) * length}: some answers ended", file=sys.stderr
+            )
         self.engines[arm.name] = {key: answer[key] for key in FACTS if key in answer}
         wall = answer["wall"]
         # of the one token more nothing is told: it is there for its step

@@ -98,7 +98,9 @@ def _compared(runner: str, eager: Capture, graphs: Capture) -> list[Row]:
         same = next((t for t, (one, other) in enumerate(ids) if one != other), len(ids))
         compared, total = compared + same - q, total + len(ids) - q
         for site in _SITES:
-            one, other = (c.read_tokens(site, samples=i, dtype="float32").values[..., q:same, :] for c in (eager, graphs))
+            one, other = (
+                c.read_tokens(site, samples=i, dtype="float32").values[..., q:same, :] for c in (eager, graphs)
+            )
             errors.append((np.linalg.norm(one - other, axis=-1) / np.linalg.norm(one, axis=-1)).ravel())
     every = np.concatenate(errors)
     name = f"{runner}, graphs beside eager, {every.size} rows of answers"

@@ -61,7 +61,9 @@ def overhead(bench: Bench, capture: Capture, link: float) -> list[Row]:
         error.arm.close()
         return [Row(capture.name, "tokens/s", None, None, VLLM, goal=capture.goal, note=str(error))]
     name, mine = capture.name, costs[capture.name]
-    means = f"all layers of {', '.join(capture.sites)}, {capture.batches * BATCH} answers a round, fsynced and committed"
+    means = (
+        f"all layers of {', '.join(capture.sites)}, {capture.batches * BATCH} answers a round, fsynced and committed"
+    )
     judged = bench.shape is LLAMA_8B and bench.size.new_tokens == FULL.new_tokens
     rows = [
         compare(
@@ -117,7 +119,9 @@ def main() -> None:
     parser.add_argument("--captures", default=",".join(CAPTURES), help=f"some of {', '.join(CAPTURES)}; default all")
     parser.add_argument("--rounds", type=int, help="rounds of each capture")
     parser.add_argument("--runner", choices=VARIABLES, default="v1", help="vLLM's model runner under capture")
-    parser.add_argument("--folder", type=Path, help="where captures are written; default: under the user's cache folder")
+    parser.add_argument(
+        "--folder", type=Path, help="where captures are written; default: under the user's cache folder"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     names = arguments.captures.split(",")

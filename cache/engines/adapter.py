@@ -19,14 +19,18 @@ def check_adapter(folder: str, model: Model) -> int:
     """
     if model.quantization is not None or not model.family.adapted:
         what = "quantised weights" if model.quantization is not None else f"the family {model.family.name}"
-        raise UnknownNameError(f"LoRA adapters on {what} were not tested with capture: merge the adapter into the model")
+        raise UnknownNameError(
+            f"LoRA adapters on {what} were not tested with capture: merge the adapter into the model"
+        )
     path = Path(folder) / "adapter_config.json"
     try:
         config = json.loads(path.read_text())
         kind, targets = config.get("peft_type", "LORA"), config["target_modules"] or []
         rank = max(map(int, [config["r"], *(config.get("rank_pattern") or {}).values()]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInputError(f"{path} could not be read ({error!r}): expected the folder of a PEFT LoRA adapter") from error
+        raise BadInputError(
+            f"{path} could not be read ({error!r}): expected the folder of a PEFT LoRA adapter"
+        ) from error
     if kind != "LORA":
         raise BadInputError(f"{path}: the adapter is of the type {kind}, expected LORA: merge it into the model")
     changed = [*(config.get("modules_to_save") or ())]

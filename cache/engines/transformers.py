@@ -31,9 +31,13 @@ class TransformersEngine:
                 f"transformers cannot be imported ({error}): install `hiddenlake[transformers]`"
             ) from error
         if request.lora is not None:
-            raise CaptureError("the transformers engine loads no LoRA adapters: use vLLM, or merge the adapter into the model")
+            raise CaptureError(
+                "the transformers engine loads no LoRA adapters: use vLLM, or merge the adapter into the model"
+            )
         if request.model.quantization is not None:
-            raise CaptureError("the transformers engine was not tested with quantised weights: use vLLM, or the unquantised checkpoint")
+            raise CaptureError(
+                "the transformers engine was not tested with quantised weights: use vLLM, or the unquantised checkpoint"
+            )
         if unknown := sorted(request.options.keys() - {"batch_size"}):
             raise BadInputError(f"the transformers engine has no option {', '.join(unknown)}: it has batch_size")
         self.request = request
@@ -113,9 +117,7 @@ class TransformersEngine:
                     # a fault is found again, and reported, when the sample is stored
                     pool.add(part, block[[row_of[token] for token in part]])
             self._rows[prompt.key] = row_of, block, pool
-        return [
-            self._generation(p, answer, lp) for p, answer, lp in zip(prompts, answers, logprobs, strict=True)
-        ]
+        return [self._generation(p, answer, lp) for p, answer, lp in zip(prompts, answers, logprobs, strict=True)]
 
     def _generation(self, prompt: Prompt, answer: list[int], logprobs: list[float]) -> Generation:
         reason, text = "given", None

@@ -91,7 +91,12 @@ def _save_a_process(config: Any, given: Mapping[str, Any]) -> None:
 
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind"
     parallel = config.parallel_config
-    if current_platform.is_cpu() and parallel.world_size == 1 and not bound and "distributed_executor_backend" not in given:
+    if (
+        current_platform.is_cpu()
+        and parallel.world_size == 1
+        and not bound
+        and "distributed_executor_backend" not in given
+    ):
         parallel.distributed_executor_backend = "uni"
 
 

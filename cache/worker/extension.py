@@ -98,7 +98,9 @@ def _unused(model: torch.nn.Module) -> list[str]:
     manager = getattr(model, "lora_manager", None)
     if manager is None:
         return []
-    return [name for adapter in manager.list_adapters().values() for name in adapter.loras if name not in manager.modules]
+    return [
+        name for adapter in manager.list_adapters().values() for name in adapter.loras if name not in manager.modules
+    ]
 
 
 @torch.inference_mode()

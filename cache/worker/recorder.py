@@ -57,8 +57,10 @@ class Book:
         if stop <= q:
             return prompt
         first = max(start, q)
-        answer = range(first, stop) if want.answer is None else (
-            q + offset for offset in _between(want.answer, first - q, stop - q)
+        answer = (
+            range(first, stop)
+            if want.answer is None
+            else (q + offset for offset in _between(want.answer, first - q, stop - q))
         )
         return [*prompt, *answer]
 

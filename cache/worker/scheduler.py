@@ -42,14 +42,20 @@ class _LastTokenMixin:
             request.status, request.stop_reason, tokens, logprobs = held
             if logprobs is not None:
                 self._held_logprobs[request.request_id] = logprobs
-            if not stale.get("is_stale") and request.num_output_placeholders > 0:  # asynchronous scheduling counts ahead
+            # asynchronous scheduling counts ahead
+            if not stale.get("is_stale") and request.num_output_placeholders > 0:
                 request.num_output_placeholders -= len(new_token_ids)
             return tokens, True
 
         status = request.status
         tokens, stopped = super()._update_request_with_output(request, new_token_ids, **stale)
         if stopped and self._wants_last_token(request):
-            request.hiddenlake_held = (request.status, request.stop_reason, list(tokens), self._logprobs(request, tokens))
+            request.hiddenlake_held = (
+                request.status,
+                request.stop_reason,
+                list(tokens),
+                self._logprobs(request, tokens),
+            )
             request.status, request.stop_reason = status, None
             return [], False
         return tokens, stopped

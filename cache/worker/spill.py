@@ -35,7 +35,9 @@ class Spill:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self.free(numbers)
-            raise CaptureError(f"{self._folder}: rows could not be spilled ({error.strerror}): free some space") from error
+            raise CaptureError(
+                f"{self._folder}: rows could not be spilled ({error.strerror}): free some space"
+            ) from error
         return numbers
 
     def _take(self) -> int:

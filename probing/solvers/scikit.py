@@ -33,6 +33,4 @@ def solve_scikit(problem: Problem, tol: float = 1e-6) -> Solution:
         left = np.flatnonzero(~converged)
         if not len(left):
             break
-    return Solution(
-        coef, certificate.intercept, certificate.objective, certificate.gap_bound, n_iter, converged
-    )
+    return Solution(coef, certificate.intercept, certificate.objective, certificate.gap_bound, n_iter, converged)

@@ -68,7 +68,9 @@ def capture(
     layers: Annotated[str, typer.Option(help="`all`, or 0-based layers: 13 or 0,5,10-12.")] = "all",
     positions: Annotated[
         str,
-        typer.Option(help="`paper`, named tokens, integers, mean_answer or max_prompt, all or all_generated/8, by comma."),
+        typer.Option(
+            help="`paper`, named tokens, integers, mean_answer or max_prompt, all or all_generated/8, by comma."
+        ),
     ] = "paper",
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.")] = None,
     engine: Annotated[str, typer.Option(help="`vllm`, or `transformers`, the slower reference.")] = "vllm",
@@ -85,7 +87,7 @@ def capture(
     buffer_bytes: Annotated[str, typer.Option(help="Memory for the two shards being filled and written.")] = "2GiB",
     shard_samples: Annotated[int | None, typer.Option(help="Samples a shard: what a crash can lose.")] = None,
     engine_options: Annotated[
-        str, typer.Option(help='The engine\'s own settings as JSON, e.g. \'{"gpu_memory_utilization": 0.8}\'.')
+        str, typer.Option(help="The engine's own settings as JSON, e.g. '{\"gpu_memory_utilization\": 0.8}'.")
     ] = "{}",
     as_json: Json = False,
 ) -> None:
@@ -153,7 +155,9 @@ def vllm_command(
     ] = "last_q,first_answer,-1",
     max_request_bytes: Annotated[str, typer.Option(help="Most memory that one request's rows may take.")] = "256MiB",
     ring_bytes: Annotated[str, typer.Option(help="Memory for rows that wait for their answers.")] = "2GiB",
-    buffer_bytes: Annotated[str, typer.Option(help="Memory for the shards that one capture fills and writes.")] = "1GiB",
+    buffer_bytes: Annotated[
+        str, typer.Option(help="Memory for the shards that one capture fills and writes.")
+    ] = "1GiB",
     shard_samples: Annotated[int, typer.Option(help="Samples a shard: a publish writes whole ones.")] = 16,
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="-- VLLM ARGUMENTS", help="Of vLLM's own server: --port 8000 ...")

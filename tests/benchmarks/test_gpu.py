@@ -62,8 +62,12 @@ def test_the_ring_is_as_large_as_the_engine_asks(tiny):
     for positions in (("paper",), ("all",)):
         capture = Capture("", ("mlp_out", "attn_z"), positions, waiting=1.5, batches=1)
         task = _Task([Question(0, prompts(shape, 0, 1, size.prompt_tokens)[0], ())])
-        request = plan_job(folder, task, sites=capture.sites, positions=positions, max_new_tokens=size.new_tokens).request
-        assert capture.ring_bytes(shape, size) == int(1.5 * BATCH) * request.rows(size.prompt_tokens) * request.row_bytes
+        request = plan_job(
+            folder, task, sites=capture.sites, positions=positions, max_new_tokens=size.new_tokens
+        ).request
+        assert (
+            capture.ring_bytes(shape, size) == int(1.5 * BATCH) * request.rows(size.prompt_tokens) * request.row_bytes
+        )
 
 
 class _Task:
@@ -93,7 +97,9 @@ def test_relative_errors_tell_another_token(tiny):
         with torch.inference_mode():
             model.model(ids)
     for exact, rounded in zip(found[torch.float32], found[torch.bfloat16], strict=True):
-        exact, rounded = ((x[0] if isinstance(x, tuple) else x).float().reshape(-1, 256).numpy() for x in (exact, rounded))
+        exact, rounded = (
+            (x[0] if isinstance(x, tuple) else x).float().reshape(-1, 256).numpy() for x in (exact, rounded)
+        )
         norm = np.linalg.norm(exact, axis=-1)
         assert (np.linalg.norm(rounded - exact, axis=-1) / norm).max() < _WORST / 2
         assert (np.linalg.norm(np.roll(exact, 1, 0) - exact, axis=-1) / norm).min() > 2 * _WORST

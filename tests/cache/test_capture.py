@@ -276,4 +276,6 @@ def test_long_samples_are_stored_in_parts(tiny_model, tmp_path, monkeypatch):
     whole, parts = (hiddenlake.open_capture(tmp_path / name) for name in ("whole", "parts"))
     assert np.array_equal(whole.read("mlp_out"), parts.read("mlp_out"), equal_nan=True)
     for i in range(6):
-        assert np.array_equal(whole.read_tokens("mlp_out", samples=i).values, parts.read_tokens("mlp_out", samples=i).values)
+        assert np.array_equal(
+            whole.read_tokens("mlp_out", samples=i).values, parts.read_tokens("mlp_out", samples=i).values
+        )

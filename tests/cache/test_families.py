@@ -77,5 +77,7 @@ def test_a_variant_whose_sites_lie_elsewhere_is_refused(name: str, value: object
     opt = family_of(["OPTForCausalLM"])
     usual = {"do_layer_norm_before": True, "_remove_final_layer_norm": False, "word_embed_proj_dim": 64}
     opt.check_config(config(**usual))
-    with pytest.raises(UnknownNameError, match=f"opt is not supported: its config has {name}={value}, expected {expected}"):
+    with pytest.raises(
+        UnknownNameError, match=f"opt is not supported: its config has {name}={value}, expected {expected}"
+    ):
         opt.check_config(config(**{**usual, name: value}))

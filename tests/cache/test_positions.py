@@ -77,7 +77,9 @@ def test_every_token_that_can_be_meant_is_wanted(
     want = p.wanted(wanted, tokens, q)
     assert list(want.prompt) == sorted(set(want.prompt)) and all(0 <= token < q for token in want.prompt)
     meant = {token for token in p.resolve(wanted, *sequence).tolist() if token >= 0}
-    meant |= {t for name in wanted if name in p.POOLS and p.POOLS[name][1] != "all" for t in p.span_of(name, q, n, window)}
+    meant |= {
+        t for name in wanted if name in p.POOLS and p.POOLS[name][1] != "all" for t in p.span_of(name, q, n, window)
+    }
     meant |= set(tokens.indices(q, n)) if tokens else set()
     for token in meant:
         if token >= q:
@@ -110,7 +112,9 @@ def test_spans_of_pools() -> None:
     assert p.resolve(["mean_prompt", "max_answer", "mean_exact_answer"], 5, 5, None).tolist() == [-2, -1, -1]
 
 
-@pytest.mark.parametrize(("text", "indices"), [("all", [0, 1, 2, 3, 4]), ("all_prompt/2", [0, 2]), ("all_generated/2", [3])])
+@pytest.mark.parametrize(
+    ("text", "indices"), [("all", [0, 1, 2, 3, 4]), ("all_prompt/2", [0, 2]), ("all_generated/2", [3])]
+)
 def test_token_level_parts(text: str, indices: list[int]) -> None:
     names, tokens = p.parse_positions(["-1", text])
     assert names == ("-1",) and str(tokens) == text
@@ -198,7 +202,9 @@ def test_in_answer(batch: list[tuple[int, int, Window]], wanted: list[str]) -> N
     assert inside.shape == index.shape and inside.dtype == bool
     for sample, (q, n, _) in enumerate(batch):
         for position, name in enumerate(wanted):
-            pooled = name in p.POOLS and p.POOLS[name][1] in ("answer", "exact_answer") and index[position, sample] == -2
+            pooled = (
+                name in p.POOLS and p.POOLS[name][1] in ("answer", "exact_answer") and index[position, sample] == -2
+            )
             assert inside[position, sample] == (index[position, sample] in range(q, n) or pooled)
 
 

@@ -107,7 +107,12 @@ def test_a_token_embedding_without_its_position_is_not_embed(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [(LLAMA, "ln_final.hook_normalized"), (LLAMA, "model.norm"), (GPT2, "transformer.ln_f.output"), (None, "final_norm")],
+    [
+        (LLAMA, "ln_final.hook_normalized"),
+        (LLAMA, "model.norm"),
+        (GPT2, "transformer.ln_f.output"),
+        (None, "final_norm"),
+    ],
 )
 def test_final_norm_has_no_layer(family: Family | None, name: str) -> None:
     assert parse_site(name, family) == (None, "final_norm")

@@ -83,15 +83,15 @@ def test_ls_info_read_verify(lake, tiny_model, tmp_path):
     assert np.array_equal(stored["activations"], opened.read("mlp_out", 1, "-1"), equal_nan=True)
     assert stored["key"].tolist() == opened.keys
 
-    report = json.loads(
-        run("verify", lake / "letters", "--spot-check", 3, "--model", tiny_model, "--json")[0]
-    )
+    report = json.loads(run("verify", lake / "letters", "--spot-check", 3, "--model", tiny_model, "--json")[0])
     assert report["ok"] and report["samples"] == 60 and report["spot_check"]["ok"]
 
 
 def test_probe_and_heatmap(lake, tmp_path):
     grid = tmp_path / "mlp_out.zarr"
-    best = json.loads(run("probe", lake / "letters", "--site", "mlp_out", "--cv", 2, "--C", "0.01,0.1", "--out", grid)[0])
+    best = json.loads(
+        run("probe", lake / "letters", "--site", "mlp_out", "--cv", 2, "--C", "0.01,0.1", "--out", grid)[0]
+    )
     opened = hiddenlake.open_grid(grid)
     assert opened.sizes["C"] == 2 and opened.sizes["layer"] == 3
     assert best["auc"] == pytest.approx(float(opened.auc.max()))
@@ -218,7 +218,18 @@ def test_compat_grid_equals_scikit_learn_on_exported_arrays(lake, tmp_path):
     from sklearn.metrics import auc, roc_curve
     from sklearn.model_selection import train_test_split
 
-    run("probe", lake / "letters", "--site", "mlp_out", "--compat", "llmsknow", "--seed", 5, "--out", tmp_path / "g.zarr")
+    run(
+        "probe",
+        lake / "letters",
+        "--site",
+        "mlp_out",
+        "--compat",
+        "llmsknow",
+        "--seed",
+        5,
+        "--out",
+        tmp_path / "g.zarr",
+    )
     run("read", lake / "letters", "--site", "mlp_out", "--out", tmp_path / "all.npz")
     grid = hiddenlake.open_grid(tmp_path / "g.zarr").isel(C=0)
     exported = np.load(tmp_path / "all.npz")
@@ -252,7 +263,12 @@ def test_compat_grid_equals_scikit_learn_on_exported_arrays(lake, tmp_path):
 def test_given_pairs_with_every_token_and_pools(tiny_model, tmp_path):
     """prompt and answer from a file, fed as they are; verified, and checked against Hugging Face."""
     rows = [
-        {"prompt": f"Say {'some ' * i}word", "answer": f"A word, number {i}.", "correct": i % 2 == 0, "exact_answer": "word"}
+        {
+            "prompt": f"Say {'some ' * i}word",
+            "answer": f"A word, number {i}.",
+            "correct": i % 2 == 0,
+            "exact_answer": "word",
+        }
         for i in range(9)
     ]
     task = tmp_path / "pairs.jsonl"
@@ -270,7 +286,9 @@ def test_given_pairs_with_every_token_and_pools(tiny_model, tmp_path):
     assert {s["finish_reason"] for s in samples} == {"given"} and all(s["exact_answer_valid"] for s in samples)
     for i, sample in enumerate(samples):
         tokens = opened.read_tokens("resid_post", layer=1, samples=i, dtype="float32").values
-        assert len(tokens) == sample["total_length"] and len(sample["logprobs"]) == len(tokens) - sample["prompt_length"]
+        assert (
+            len(tokens) == sample["total_length"] and len(sample["logprobs"]) == len(tokens) - sample["prompt_length"]
+        )
         q = sample["prompt_length"]
         cell = {name: opened.read("resid_post", 1, name, i, dtype="float32") for name in opened.coverage.positions}
         np.testing.assert_array_equal(cell["last_q"], tokens[q - 1])
@@ -278,9 +296,7 @@ def test_given_pairs_with_every_token_and_pools(tiny_model, tmp_path):
         np.testing.assert_array_equal(cell["max_prompt"], tokens[:q].max(0))
         np.testing.assert_allclose(cell["mean_answer"], tokens[q:].mean(0), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(cell["mean_all"], tokens.mean(0), rtol=1e-5, atol=1e-5)
-    report = json.loads(
-        run("verify", lake / "pairs", "--spot-check", 3, "--model", tiny_model, "--json")[0]
-    )
+    report = json.loads(run("verify", lake / "pairs", "--spot-check", 3, "--model", tiny_model, "--json")[0])
     assert report["ok"] and report["spot_check"]["ok"]
     assert "tokens" in run("info", lake / "pairs")[0]
 
@@ -294,8 +310,12 @@ def test_plain_texts_are_all_prompt(tiny_model, tmp_path):
     )  # fmt: skip
     opened = hiddenlake.open_capture(tmp_path / "texts")
     for i, sample in enumerate(opened.samples().to_pylist()):
-        assert sample["correct"] is None and sample["answer"] == "" and sample["total_length"] == sample["prompt_length"]
-        assert opened.read_tokens("mlp_out", samples=i).token_index.tolist() == list(range(0, sample["total_length"], 2))
+        assert (
+            sample["correct"] is None and sample["answer"] == "" and sample["total_length"] == sample["prompt_length"]
+        )
+        assert opened.read_tokens("mlp_out", samples=i).token_index.tolist() == list(
+            range(0, sample["total_length"], 2)
+        )
     assert verify(tmp_path / "texts").ok
 
 

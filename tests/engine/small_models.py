@@ -70,7 +70,9 @@ class Reference:
 
     def __init__(self, family: str, folder: Path) -> None:
         # eager: the only implementation that caps Gemma 2's attention logits on a CPU
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
         self._model.eval()
         self._kept: dict[str, list[torch.Tensor]] = {}
         m = self._model

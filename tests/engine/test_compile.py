@@ -52,4 +52,6 @@ def test_the_key_of_compiled_graphs_names_the_taps(llama):
         return configure(plan(llama, *arguments).request)[0].compute_hash()
 
     assert key(("mlp_out",)) == key(("mlp_out",))
-    assert len({key(("mlp_out",)), key(("resid_post",)), key(("mlp_out", "resid_post")), key(("mlp_out",), [0, 2])}) == 4
+    assert (
+        len({key(("mlp_out",)), key(("resid_post",)), key(("mlp_out", "resid_post")), key(("mlp_out",), [0, 2])}) == 4
+    )

@@ -80,7 +80,9 @@ def vllm_lake(folders, tmp_path_factory):
         | ({"dtype": "bfloat16"} if case in BFLOAT16 else {})
         for case, family in CASES.items()
     }
-    done = run_script(SCRIPT, json.dumps(jobs), env={"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"})
+    done = run_script(
+        SCRIPT, json.dumps(jobs), env={"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    )
     return lake, done.stdout, done.stderr
 
 
@@ -89,7 +91,12 @@ def transformers_lake(folders, tmp_path_factory):
     lake = tmp_path_factory.mktemp("transformers")
     for family in MODELS:
         hiddenlake.capture(
-            str(folders / family), make_task(4), out=lake / family, sites=FAMILY[family].sites, engine="transformers", **SETTINGS
+            str(folders / family),
+            make_task(4),
+            out=lake / family,
+            sites=FAMILY[family].sites,
+            engine="transformers",
+            **SETTINGS,
         )
     return lake, "", ""
 
@@ -163,4 +170,7 @@ def assert_sums(capture):
 def test_norms_overwrote_what_the_taps_had_read(vllm_lake):
     """On a CPU vLLM's own norms do not, so that a tap which kept a reference would pass."""
     fused = [family for family in MODELS if FAMILY[family].pairs]
-    assert [line.split()[0] for line in vllm_lake[1].splitlines() if line.endswith("IN PLACE")] == [*fused, "gemma3-bfloat16"]
+    assert [line.split()[0] for line in vllm_lake[1].splitlines() if line.endswith("IN PLACE")] == [
+        *fused,
+        "gemma3-bfloat16",
+    ]

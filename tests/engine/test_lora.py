@@ -72,7 +72,9 @@ def test_rows_equal_hugging_face_with_the_adapter_merged(family, rank, folders, 
     least = least_differences(capture, reference)
     reference.replace(merged)
     worst = worst_errors(capture, reference)
-    print(f"\n{family}, rank {rank}: worst relative L2 error by site {worst}; least difference to the base model's {least}")
+    print(
+        f"\n{family}, rank {rank}: worst relative L2 error by site {worst}; least difference to the base model's {least}"
+    )
     assert max(worst.values()) <= TOLERANCE
     assert min(least.values()) >= 0.1
 
@@ -192,7 +194,9 @@ def test_weights_that_vllm_passes_over_refuse(llama, tmp_path):
     file = tmp_path / "a" / "adapter_model.safetensors"
     save_file({name.replace(".layers.2.", ".layers.7."): tensor for name, tensor in load_file(file).items()}, file)
     job = plan_job(llama, make_task(2), lora=tmp_path / "a", options=CHUNKED)
-    with pytest.raises(CaptureError, match=r"no place for 7 of the adapter's weights \(first: model.layers.7.mlp.down_proj"):
+    with pytest.raises(
+        CaptureError, match=r"no place for 7 of the adapter's weights \(first: model.layers.7.mlp.down_proj"
+    ):
         running(job).__enter__()
 
 
@@ -207,6 +211,8 @@ def test_adapters_that_vllm_does_not_take_refuse(llama, tmp_path):
 def test_adapters_beside_captured_requests_refuse(llama):
     from vllm import EngineArgs
 
-    config = EngineArgs(**hiddenlake.taps(llama, dtype="float32"), enable_lora=True, max_lora_rank=8).create_engine_config()
+    config = EngineArgs(
+        **hiddenlake.taps(llama, dtype="float32"), enable_lora=True, max_lora_rank=8
+    ).create_engine_config()
     with pytest.raises(CaptureError, match="enable_lora was not tested beside captured requests"):
         check_config(config)

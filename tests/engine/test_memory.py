@@ -104,7 +104,9 @@ def test_a_run_takes_no_more_memory_than_it_says(positions, tiny_model, tmp_path
 def test_a_machine_with_too_little_memory_is_refused(tiny_model, tmp_path, monkeypatch):
     job = plan_job(tiny_model, make_task(4), dtype="float32", max_new_tokens=4)
     monkeypatch.setattr(estimate, "free_memory", lambda: 1000)
-    with pytest.raises(StoreError, match="the memory is too small: shard buffers take .* lower --buffer-bytes or --ring-"):
+    with pytest.raises(
+        StoreError, match="the memory is too small: shard buffers take .* lower --buffer-bytes or --ring-"
+    ):
         run_job(job, out=tmp_path / "x")
 
 
@@ -120,7 +122,9 @@ def test_what_a_ring_must_hold_is_said(tiny_model):
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_device_bytes_are_those_of_the_buffers(itemsize):
-    table = tap_table(("resid_post", "attn_z", "mlp_act", "final_norm"), range(5), {"hidden": 64, "d_attn": 96, "d_mlp": 160}, 7)
+    table = tap_table(
+        ("resid_post", "attn_z", "mlp_act", "final_norm"), range(5), {"hidden": 64, "d_attn": 96, "d_mlp": 160}, 7
+    )
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
     # as make_staging makes them where the device is a GPU
     out = torch.empty((2 * 300, len(table)), dtype=dtype)

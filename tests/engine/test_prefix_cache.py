@@ -74,7 +74,13 @@ def test_a_captured_request_that_read_the_cache_fails(tiny_model, tmp_path):
 def test_lengths_match_with_prefix_caching(tiny_model, tmp_path):
     """The same prompts again, in an engine that keeps their prefixes (vLLM #44485): every token has its row once more."""
     job = plan_job(
-        tiny_model, make_task(N), sites=("resid_post",), positions=["all"], dtype="float32", max_new_tokens=8, options=OPTIONS
+        tiny_model,
+        make_task(N),
+        sites=("resid_post",),
+        positions=["all"],
+        dtype="float32",
+        max_new_tokens=8,
+        options=OPTIONS,
     )
     reference = Reference("llama", tiny_model)
     with running(job) as engine:

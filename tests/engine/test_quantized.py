@@ -99,7 +99,9 @@ def compare(capture, reference):
             found = capture.read_tokens(site, samples=i, dtype="float32").values
             assert found.shape == expected[site].shape
             errors[site].append(relative_error(found, expected[site]).ravel())
-            for rows, right in zip(*(values.reshape(-1, *values.shape[-2:]) for values in (found, expected[site])), strict=True):
+            for rows, right in zip(
+                *(values.reshape(-1, *values.shape[-2:]) for values in (found, expected[site])), strict=True
+            ):
                 distance = np.linalg.norm(rows[:, None] - right, axis=-1)
                 nearness[site].append(distance.diagonal() / np.where(ids[:, None] != ids, distance, np.inf).min(1))
     return tuple({site: np.concatenate(values) for site, values in by_site.items()} for by_site in (errors, nearness))

@@ -1,29 +1,29 @@
 """Traps into which others have fallen, each with a test that bears its name, here or beside its subject.
 
-    trap                                                        where it was seen                 test
-    padding of CUDA graphs overwrites rows                      vllm #43810                       here
-    all-zero states pass for activations                        vllm #46301, speculators #613     here
-    lengths mismatch with prefix caching                        vllm #44485                       test_prefix_cache
-    several tokens a step                                       vllm #56417                       test_speculative
-    requests of a batch get mixed up                            speculators #279, sglang #4997    here
-    the next norm overwrites what was captured                  nnsight #630                      test_families
-    the residual is left out of the stream                      IBM vLLM-Hook #11                 test_refusals, test_families
-    rejected drafts are shipped                                 vllm-omni #6863                   test_speculative
-    a second BOS                                                TransformerLens #1624             here
-    a copy to the host per request and layer, in the hook       vllm-lens, sglang #8003           here
-    exceptions swallowed in hooks                               vllm-lens, IBM vLLM-Hook          here
-    the KV cache gives way to activations                       vLLM's extract_hidden_states      here, test_memory
-    one layer of all samples lies scattered                     steerkit                          here
-    float32 where the model has bfloat16                        steerkit, LMCache                 here
-    compression that costs more than it saves                   zstd on bfloat16                  here
-    keys of a model's name and a text                           lmprobe, brain-score              here, test_identity
-    pickle on the wire                                          vllm-lens, nnsight                here
-    an extra step after the end of the answer                   vllm-lens                         here, test_versions
-    a request that is the prefix of another's name              vllm-lens                         here
-    vLLM is touched everywhere, so one version is pinned        vllm-lens, undercurrent           here, test_versions
-    the engine is taken to equal Hugging Face                   nemotron-extraction               here, test_exactness
-    hooks that never fire under compiled graphs                 IBM vLLM-Hook #7                  test_refusals, test_compile
-    Newton without line search on separable data                probekit                          test_solvers
+trap                                                        where it was seen                 test
+padding of CUDA graphs overwrites rows                      vllm #43810                       here
+all-zero states pass for activations                        vllm #46301, speculators #613     here
+lengths mismatch with prefix caching                        vllm #44485                       test_prefix_cache
+several tokens a step                                       vllm #56417                       test_speculative
+requests of a batch get mixed up                            speculators #279, sglang #4997    here
+the next norm overwrites what was captured                  nnsight #630                      test_families
+the residual is left out of the stream                      IBM vLLM-Hook #11                 test_refusals, test_families
+rejected drafts are shipped                                 vllm-omni #6863                   test_speculative
+a second BOS                                                TransformerLens #1624             here
+a copy to the host per request and layer, in the hook       vllm-lens, sglang #8003           here
+exceptions swallowed in hooks                               vllm-lens, IBM vLLM-Hook          here
+the KV cache gives way to activations                       vLLM's extract_hidden_states      here, test_memory
+one layer of all samples lies scattered                     steerkit                          here
+float32 where the model has bfloat16                        steerkit, LMCache                 here
+compression that costs more than it saves                   zstd on bfloat16                  here
+keys of a model's name and a text                           lmprobe, brain-score              here, test_identity
+pickle on the wire                                          vllm-lens, nnsight                here
+an extra step after the end of the answer                   vllm-lens                         here, test_versions
+a request that is the prefix of another's name              vllm-lens                         here
+vLLM is touched everywhere, so one version is pinned        vllm-lens, undercurrent           here, test_versions
+the engine is taken to equal Hugging Face                   nemotron-extraction               here, test_exactness
+hooks that never fire under compiled graphs                 IBM vLLM-Hook #7                  test_refusals, test_compile
+Newton without line search on separable data                probekit                          test_solvers
 """
 
 import ast
@@ -35,12 +35,10 @@ import numpy as np
 import pytest
 import torch
 
-import hiddenlake
 from hiddenlake.cache.capture import run_job
 from hiddenlake.cache.errors import UnknownNameError
 from hiddenlake.cache.families import family_of
 from hiddenlake.cache.job import plan_job
-from hiddenlake.cache.samples import Question
 from hiddenlake.cache.spot_check import TOLERANCE as PUBLISHED
 from hiddenlake.cache.spot_check import spot_check
 from hiddenlake.cache.worker import taps
@@ -57,7 +55,7 @@ from .captures import (
     worker_of,
     worst_errors,
 )  # fmt: skip
-from .conftest import ListTask, make_task
+from .conftest import make_task
 from .small_models import Reference
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -69,7 +67,13 @@ POSITIONS = ("last_q", "0", "first_answer", "-1", "-8")
 
 
 def plan(model, **settings):
-    settings = {"sites": SITES, "positions": POSITIONS, "dtype": "float32", "max_new_tokens": 8, "options": CHUNKED} | settings
+    settings = {
+        "sites": SITES,
+        "positions": POSITIONS,
+        "dtype": "float32",
+        "max_new_tokens": 8,
+        "options": CHUNKED,
+    } | settings
     return plan_job(model, make_task(N), **settings)
 
 
@@ -156,7 +160,9 @@ def test_rows_of_another_request_are_refused(job, engine, tmp_path, monkeypatch)
     def swapped(*batch):
         found = list(rows_of(*batch))
         ids = [request for request, *_ in found]
-        return [(other, first, start, n) for other, (_, first, start, n) in zip([*ids[1:], *ids[:1]], found, strict=True)]
+        return [
+            (other, first, start, n) for other, (_, first, start, n) in zip([*ids[1:], *ids[:1]], found, strict=True)
+        ]
 
     with monkeypatch.context() as patch:
         patch.setattr(recorder, "rows_of", swapped)
@@ -320,7 +326,9 @@ def test_nothing_is_pickled(job, engine, tmp_path, monkeypatch):
     for file in (path for path in capture.path.rglob("*") if path.is_file()):
         assert not file.read_bytes()[:2].startswith((b"\x80\x04", b"\x80\x05")) and file.suffix not in (".pt", ".pkl")
     for source in (*(REPO / "cache").rglob("*.py"), *(REPO / "probing").rglob("*.py")):
-        assert not re.search(r"^\s*(import|from) (pickle|cloudpickle|dill)\b|torch\.(save|load)\(", source.read_text(), re.M)
+        assert not re.search(
+            r"^\s*(import|from) (pickle|cloudpickle|dill)\b|torch\.(save|load)\(", source.read_text(), re.M
+        )
 
 
 def test_no_step_behind_the_end_leaves_a_row(job, engine):

@@ -83,9 +83,7 @@ def test_it_says_what_it_did(make_capture):
 
 def test_without_the_last_token_nothing_is_put_in_its_place(make_capture):
     capture = make_capture(n=300)
-    grid = fit_grid(
-        capture, "mlp_out", compat="llmsknow", positions=["exact_answer_last", "exact_answer_after_last"]
-    )
+    grid = fit_grid(capture, "mlp_out", compat="llmsknow", positions=["exact_answer_last", "exact_answer_after_last"])
     assert (grid.n_last_token_instead == 0).all()
     assert int(grid.n_left_out.sel(position="exact_answer_after_last")) > 0
 

@@ -133,7 +133,7 @@ def test_groups_stay_together_and_bring_the_bootstrap():
     loose = fit_probes(A4, y4, C=100.0)
     assert grouped.attrs["interval"] == "95 %, bootstrap of whole groups" and grouped.attrs["n_groups"] == 150
     assert loose.attrs["interval"].startswith("95 %, DeLong")
-    width = lambda r: float((r.auc_hi - r.auc_lo).squeeze())  # noqa: E731
+    width = lambda r: float((r.auc_hi - r.auc_lo).squeeze())
     assert width(grouped) > 1.5 * width(loose)
     assert float(grouped.auc_lo.squeeze()) < 0.5 < float(grouped.auc_hi.squeeze())
 

@@ -131,9 +131,7 @@ def test_masks_equal_fits_on_the_subsets():
     labels = np.stack([y, RNG(1).permutation(y)])
     fold_of = np.arange(150) % 3
     train = np.stack([fold_of != f for f in range(3)])
-    C, fold, label_set = (
-        axis.ravel() for axis in np.meshgrid([0.01, 1.0], np.arange(3), np.arange(2), indexing="ij")
-    )
+    C, fold, label_set = (axis.ravel() for axis in np.meshgrid([0.01, 1.0], np.arange(3), np.arange(2), indexing="ij"))
     for scale in ("none", "rms", "feature"):
         together = solve_newton(
             make_problem(X, labels, train, C=C, fold=fold, label_set=label_set, scale=scale), tol=1e-12

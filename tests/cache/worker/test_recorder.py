@@ -28,7 +28,9 @@ class Runner:
 
     def __init__(self, positions, tokens, dtype=torch.bfloat16, ring_rows=4000, spill=None):
         self.table = tap_table(SITES, range(N_LAYERS), WIDTHS, N_LAYERS)
-        plan = Plan(SITES, tuple(range(N_LAYERS)), N_LAYERS, positions, tokens, WIDTHS, str(dtype)[6:], ring_rows, 512, spill)
+        plan = Plan(
+            SITES, tuple(range(N_LAYERS)), N_LAYERS, positions, tokens, WIDTHS, str(dtype)[6:], ring_rows, 512, spill
+        )
         self.buffers, staging = make_staging(512, ring_rows, self.table, dtype, torch.device("cpu"))
         self.recorder = Recorder(plan, staging, lambda output: output.batch, self.check)
         self.write = [
@@ -79,7 +81,9 @@ class Runner:
 scenario = st.fixed_dictionaries(
     {
         "positions": st.lists(
-            st.sampled_from(["last_q", "first_answer", "-1", "-3", "2", "exact_answer_first", "mean_prompt", "max_all"]),
+            st.sampled_from(
+                ["last_q", "first_answer", "-1", "-3", "2", "exact_answer_first", "mean_prompt", "max_all"]
+            ),
             min_size=1,
             max_size=4,
         ),
@@ -130,7 +134,11 @@ def test_every_kept_row_is_its_own_tokens(tmp_path_factory, scenario):
         for r, n, drafts in outcome:
             r.fed += n
             accepted = 0
-            while accepted < len(drafts) and r.known + accepted < len(r.ids) and drafts[accepted] == r.ids[r.known + accepted]:
+            while (
+                accepted < len(drafts)
+                and r.known + accepted < len(r.ids)
+                and drafts[accepted] == r.ids[r.known + accepted]
+            ):
                 accepted += 1
             if r.fed == r.known:
                 r.fed += accepted

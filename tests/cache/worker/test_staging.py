@@ -47,7 +47,10 @@ class Model:
         """Returns the slots in which the rows will be."""
         slots = self.ring.take(len(rows))
         self.staging.begin(rows, slots)
-        values = [torch.from_numpy(np.random.default_rng([seed, k]).random((TOKENS, w), np.float32)) for k, w in enumerate(WIDTHS)]
+        values = [
+            torch.from_numpy(np.random.default_rng([seed, k]).random((TOKENS, w), np.float32))
+            for k, w in enumerate(WIDTHS)
+        ]
         for k, (activation, value, write) in enumerate(zip(self.activations, values, self.write, strict=True)):
             activation.copy_(value, non_blocking=True)
             if k != self.dead:

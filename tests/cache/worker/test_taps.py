@@ -42,7 +42,9 @@ def test_a_compiled_tap_writes_into_its_buffer(functionalization):
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Model()
-    buffers = TapBuffers(8, torch.full((SLOTS, 2 * LAYERS * WIDTH), torch.nan), torch.arange(0, 2 * LAYERS * WIDTH, WIDTH))
+    buffers = TapBuffers(
+        8, torch.full((SLOTS, 2 * LAYERS * WIDTH), torch.nan), torch.arange(0, 2 * LAYERS * WIDTH, WIDTH)
+    )
     for i, layer in enumerate(model.layers):
         attention, stream = (_writer(buffers, (2 * i + k) * WIDTH, WIDTH) for k in range(2))
         layer.attention.register_forward_hook(lambda module, args, output, write=attention: write(output, None))

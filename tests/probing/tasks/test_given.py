@@ -41,7 +41,9 @@ def test_pairs_without_labels_are_neither_right_nor_wrong(tmp_path):
 
 
 def test_plain_texts(tmp_path):
-    task = given_task(write(tmp_path / "t.jsonl", [{"text": "Once."}, {"text": "Twice.", "correct": False, "group": "g"}]))
+    task = given_task(
+        write(tmp_path / "t.jsonl", [{"text": "Once."}, {"text": "Twice.", "correct": False, "group": "g"}])
+    )
     assert [(q.question, q.given, q.group) for q in task.questions] == [("Once.", "", "Once."), ("Twice.", "", "g")]
     assert [task.judge(q, "").correct for q in task.questions] == [None, False]
 
