@@ -1,12 +1,17 @@
-"""Taps under the compiler: they stay in the graph, and write into their buffer itself."""
+"""Taps under the compiler: they stay in the graph, and write into their buffer itself. And on a CPU, into the ring."""
 
 import re
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 
 from hiddenlake.cache.errors import CaptureError
+from hiddenlake.cache.worker.ring import Ring
+from hiddenlake.cache.worker.staging import HostStaging
 from hiddenlake.cache.worker.taps import TapBuffers, _writer
 
 LAYERS, WIDTH, SLOTS = 3, 64, 17
@@ -71,3 +76,31 @@ def test_a_tap_of_another_width_raises(width):
     with pytest.raises(CaptureError, match=f"for {WIDTH} values a token was given {width}"):
         _writer(buffers, 0, WIDTH)(torch.ones(5, width), None)
     assert buffers.out.isnan().all()
+
+
+@given(
+    rows=st.sets(st.integers(0, 11)).map(sorted),
+    taken=st.sets(st.integers(0, SLOTS - 1), max_size=5),
+    pairs=st.booleans(),
+    dead=st.sampled_from([None, 0, 1]),
+)
+def test_on_a_cpu_rows_go_where_they_belong(rows, taken, pairs, dead):
+    """Whether rows and slots are consecutive or not; and what a dead tap leaves is NaN."""
+    ring = Ring(SLOTS, 2 * WIDTH, torch.float32, pinned=False)
+    ring.arena.fill_(-1)
+    buffers = TapBuffers(12, ring.arena, torch.tensor([0, WIDTH]))
+    staging = HostStaging(buffers, ring)
+    slots = np.array([slot for slot in range(SLOTS) if slot not in taken][: len(rows)])
+    staging.begin(rows, slots)
+    activations = torch.randn(2, 2, 12, WIDTH)
+    for k, (hidden, residual) in enumerate(activations):
+        if k != dead:
+            _writer(buffers, k * WIDTH, WIDTH)(hidden, residual if pairs else None)
+    expected = torch.full_like(ring.arena, -1)
+    for k, (hidden, residual) in enumerate(activations):
+        values = hidden + residual if pairs else hidden
+        if k != dead:
+            expected[slots, k * WIDTH : (k + 1) * WIDTH] = values[rows]
+        else:
+            expected[slots, k * WIDTH] = torch.nan
+    torch.testing.assert_close(ring.arena, expected, rtol=0, atol=0, equal_nan=True)
