@@ -33,6 +33,7 @@ class Book:
         so a token that is computed again (preemption, rejected drafts) lands where it was.
     tokens : token indices to keep, ascending; None for what `want` says.
     end : no token from here on is kept.
+    requests : vLLM's ids of those that compute it.
     storing : from when the driver has said where the rows go, nothing is added any more.
     cause : why the sample cannot be stored, once something went wrong.
     lock : held while rows are read, moved or freed: a thread of its own reads them.
@@ -43,6 +44,7 @@ class Book:
     tokens: Sequence[int] | None
     end: int
     slots: dict[int, int] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
     pool: PromptPool | None = None
     storing: bool = False
     cause: str | None = None
@@ -57,12 +59,11 @@ class Book:
         if stop <= q:
             return prompt
         first = max(start, q)
-        answer = (
-            range(first, stop)
-            if want.answer is None
-            else (q + offset for offset in _between(want.answer, first - q, stop - q))
-        )
-        return [*prompt, *answer]
+        if want.answer is None:
+            answer = range(first, stop)
+        else:
+            answer = [q + offset for offset in _between(want.answer, first - q, stop - q)]
+        return [*prompt, *answer] if prompt else answer
 
 
 def _between(ascending: Sequence[int], start: int, stop: int) -> Sequence[int]:
@@ -94,7 +95,7 @@ class Recorder:
         self.spilled = 0
         self.bits = as_bits(staging.ring.arena)
         self.spill = Spill(plan.spill, self.bits.shape[1], self.bits.dtype) if plan.spill is not None else None
-        self._book_of: dict[str, tuple[str, int]] = {}
+        self._book_of: dict[str, tuple[Book, int]] = {}
         self._active = False
 
     @property
@@ -135,56 +136,57 @@ class Recorder:
             book.cause = book.cause or f"capture failed in the worker: {cause}"
 
     def _map(self, batch: Iterable[tuple[str, int, int, int]]) -> tuple[list[int], np.ndarray]:
-        """(rows of the batch, slots of the ring) of the tokens to keep in this step."""
-        found = []
-        count = 0
+        """(rows of the batch, slots of the ring) of the tokens to keep in this step.
+
+        On a GPU the model may wait for this, so that what is done for each request of a decoding batch counts.
+        """
+        rows: list[int] = []
+        books: list[Book] = []
+        tokens: list[int] = []
         for request_id, first, start, n in batch:
-            key, only = self._book_of.get(request_id, (None, -1))
-            book = self.books.get(key) if key is not None else None
-            if book is None or book.cause is not None or book.storing:
+            found = self._book_of.get(request_id)
+            if found is None:
                 continue
+            book, only = found
+            if book.storing or book.cause is not None:
+                continue
+            kept = book.kept(start, start + n)
             if only >= 0:
-                tokens = (only,) if start <= only < start + n else ()
+                kept = (only,) if start <= only < start + n else ()
             elif book.pool is not None and start < book.prompt_length:
                 # the whole prompt passes by the pools, also where no single token of it is kept
-                kept = set(book.kept(start, start + n))
-                tokens = sorted(kept.union(range(max(start, book.pool.count), min(start + n, book.prompt_length))))
-            else:
-                tokens = book.kept(start, start + n)
-            tokens = list(tokens)
-            if tokens:
-                found.append((book, tokens, first - start))
-                count += len(tokens)
-        if count > self.ring.free:
-            self._make_room(count)
-        rows: list[int] = []
-        new: list[tuple[Book, int]] = []
+                passing = range(max(start, book.pool.count), min(start + n, book.prompt_length))
+                kept = sorted({*kept, *passing})
+            for token in kept:
+                rows.append(first - start + token)
+                books.append(book)
+                tokens.append(token)
+        if len(rows) > self.ring.free:
+            self._make_room(len(rows))
         slots: list[int] = []
-        for book, tokens, shift in found:
-            for token in tokens:
-                slot = book.slots.get(token, -1)
-                if slot >= 0:
-                    self.recomputed += 1
-                elif token in book.slots:  # it was spilled, and is computed again
-                    self.recomputed += 1
+        new: list[int] = []
+        for i, (book, token) in enumerate(zip(books, tokens, strict=True)):
+            slot = book.slots.get(token)
+            if slot is None:
+                new.append(i)
+                slot = -1
+            else:
+                self.recomputed += 1
+                if slot < 0:  # it was spilled, and is computed again
                     self.spill.free([-1 - book.slots.pop(token)])
-                    slot = -1
-                if slot < 0:
-                    new.append((book, token))
-                rows.append(shift + token)
-                slots.append(slot)
+                    new.append(i)
+            slots.append(slot)
         taken = self.ring.take(len(new))
         if taken is None:
-            for book, _, _ in found:
+            for book in books:
                 book.cause = f"the ring was full: it has {len(self.bits)} rows"
             return [], np.empty(0, np.int64)
+        for i, slot in zip(new, taken.tolist(), strict=True):
+            books[i].slots[tokens[i]] = slot
         if len(new) == len(slots):
-            chosen = taken
-        else:
-            chosen = np.array(slots, np.int64)
-            chosen[chosen < 0] = taken
-        for (book, token), slot in zip(new, taken.tolist(), strict=True):
-            book.slots[token] = slot
+            return rows, taken
+        chosen = np.array(slots, np.int64)
+        chosen[new] = taken
         return rows, chosen
 
     def _make_room(self, n: int) -> None:
@@ -230,7 +232,8 @@ class Recorder:
                 key = key[int(request.req_id.partition("_")[0])]
             n = len(request.prompt_token_ids)
             if TAIL_ARG in extra:  # the finished sample's last token, over what its first request computed
-                self._book_of[request.req_id] = key, n - 1
+                if book := self.books.get(key):
+                    self._follow(request.req_id, book, n - 1)
                 continue
             if key in self.books:
                 continue
@@ -246,21 +249,28 @@ class Recorder:
             )
             if book.want.pools:
                 book.pool = PromptPool(book.want.pools, request.prompt_token_ids[:q], self.check)
-            self._book_of[request.req_id] = key, -1
+            self._follow(request.req_id, book, -1)
             if request.num_computed_tokens:
                 book.cause = f"{request.num_computed_tokens} tokens came from the prefix cache and were not computed"
+
+    def _follow(self, request_id: str, book: Book, only: int) -> None:
+        """only : the one token that this request is for, or -1."""
+        self._book_of[request_id] = book, only
+        book.requests.append(request_id)
 
     # Called by the driver's verbs.
 
     def drop(self, key: str) -> None:
         """Forget a sample and free its rows."""
-        if book := self.books.pop(key, None):
-            with book.lock:
-                slots, book.slots = book.slots.values(), {}
-                self.ring.give_back([slot for slot in slots if slot >= 0])
-                if self.spill is not None:
-                    self.spill.free([-1 - slot for slot in slots if slot < 0])
-        for request_id in [r for r, (k, _) in self._book_of.items() if k == key]:
+        book = self.books.pop(key, None)
+        if book is None:
+            return
+        with book.lock:
+            slots, book.slots = book.slots.values(), {}
+            self.ring.give_back([slot for slot in slots if slot >= 0])
+            if self.spill is not None:
+                self.spill.free([-1 - slot for slot in slots if slot < 0])
+        for request_id in book.requests:
             del self._book_of[request_id]
 
     def rows(self, key: str, tokens: Sequence[int]) -> np.ndarray | str:

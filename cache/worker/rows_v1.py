@@ -14,9 +14,10 @@ def batch_rows(runner: Any, scheduler_output: Any) -> Iterator[tuple[str, int, i
     """
     batch = runner.input_batch
     row = 0
-    for i, request_id in enumerate(batch.req_ids[: batch.num_reqs]):
+    computed = batch.num_computed_tokens_cpu[: batch.num_reqs].tolist()
+    for request_id, start in zip(batch.req_ids, computed, strict=False):
         n = scheduler_output.num_scheduled_tokens[request_id]
-        yield request_id, row, int(batch.num_computed_tokens_cpu[i]), n
+        yield request_id, row, start, n
         row += n
     if row != scheduler_output.total_num_scheduled_tokens:
         raise RuntimeError(
