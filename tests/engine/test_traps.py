@@ -100,7 +100,7 @@ def captured(job, engine, tmp_path_factory):
 
 def test_each_trap_has_its_test():
     """The table above names files that hold tests."""
-    rows = [line for line in __doc__.splitlines() if re.match(r"    \w.*  \w", line)][1:]
+    rows = [line for line in __doc__.splitlines() if re.match(r"\w.*  \w", line)][1:]
     assert len(rows) >= 20
     for row in rows:
         for name in re.split(r"  +", row.strip())[-1].split(", "):
