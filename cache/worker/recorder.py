@@ -44,7 +44,7 @@ class Book:
     tokens: Sequence[int] | None
     end: int
     slots: dict[int, int] = field(default_factory=dict)
-    requests: list[str] = field(default_factory=list)
+    requests: set[str] = field(default_factory=set)
     pool: PromptPool | None = None
     storing: bool = False
     cause: str | None = None
@@ -256,7 +256,7 @@ class Recorder:
     def _follow(self, request_id: str, book: Book, only: int) -> None:
         """only : the one token that this request is for, or -1."""
         self._book_of[request_id] = book, only
-        book.requests.append(request_id)
+        book.requests.add(request_id)
 
     # Called by the driver's verbs.
 
@@ -271,7 +271,9 @@ class Recorder:
             if self.spill is not None:
                 self.spill.free([-1 - slot for slot in slots if slot < 0])
         for request_id in book.requests:
-            del self._book_of[request_id]
+            # a runner may call a resumed request new again, and a name may have gone to another sample
+            if self._book_of.get(request_id, (None, -1))[0] is book:
+                del self._book_of[request_id]
 
     def rows(self, key: str, tokens: Sequence[int]) -> np.ndarray | str:
         """(token, element) of captured tokens as stored bits, or why they are not there."""

@@ -209,6 +209,27 @@ def test_a_tail_adds_the_last_token_only():
     assert runner.recorder.books["a"].cause is None
 
 
+def test_a_request_may_be_new_twice_and_its_name_another_samples():
+    """The V2 runner calls a request new again when it is resumed; clients name requests as they like."""
+    runner = Runner(("last_q", "-1"), None)
+    ids = [3, 4, 5]
+    first, again = (runner.request("a", ids) for _ in range(2))
+    tail = runner.request("a", ids, **{TAIL_ARG: 1})
+    runner.step([(first.req_id, 0, ids)], new=[first])
+    runner.step([(first.req_id, 0, ids)], new=[again])
+    tail.req_id = "tail"
+    for _ in range(2):
+        runner.step([("tail", 2, ids[2:])], new=[tail])
+    other = runner.request("b", ids)
+    other.req_id = first.req_id
+    runner.step([(other.req_id, 0, ids)], new=[other])
+    runner.recorder.drop("a")
+    runner.step([(other.req_id, 3, [6])])
+    assert np.array_equal(runner.recorder.rows("b", [2, 3]), [runner.expected([*ids, 6], token) for token in (2, 3)])
+    runner.recorder.drop("b")
+    assert runner.recorder.ring.free == len(runner.recorder.bits) and not runner.recorder._book_of
+
+
 def test_a_tap_that_stops_firing_leaves_no_old_row():
     """Slots are used again: what a dead tap leaves must never be another sample's row."""
     runner = Runner(("last_q",), None, ring_rows=4)
