@@ -2,7 +2,7 @@
 
     python benchmarks/capture.py [--quick] [--json FILE] [--rivals NAME,...] [--rounds N]
 
-SmolLM2-135M in bfloat16 answers 64 prompts at once with up to 64 tokens (--quick: 32 and 32). Every engine runs in a
+SmolLM2-135M in bfloat16 answers 64 prompts at once with up to 64 tokens (--quick: 16 and 16). Every engine runs in a
 process of its own that is started once; rounds go through all of them in rotated order, each with prompts that none
 has seen. A ratio is of CPU seconds, all processes of an arm counted, in the same round: wall clock times depend on who
 else uses the machine. Every arm has one thread, and shows in every round that it captured: its rows are counted, and
@@ -46,7 +46,7 @@ class Size:
 
 
 FULL = Size(64, 64, 24, 5, judged=True)
-QUICK = Size(32, 32, 3, 1, judged=False)
+QUICK = Size(16, 16, 3, 1, judged=False)
 
 
 @dataclass(frozen=True)
