@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.store.commits import Commit, read_checked
-from hiddenlake.cache.store.files import crc32c
 from hiddenlake.cache.store.shard_file import ShardFile
 
 # What a row must hold: values, NaN, or anything.
@@ -82,7 +81,7 @@ def _check_chunk(
     if crc32c(data) != stored:
         yield Problem(name, offset, f"the chunk has crc32c {crc32c(data):#010x}, but {stored:#010x} was stored")
     if rows is not None:
-        found = np.fromiter(map(google_crc32c.value, data.reshape(file.rows, -1)), np.uint32, file.rows)
+        found = np.fromiter(map(crc32c, data.reshape(file.rows, -1)), np.uint32, file.rows)
         for slot in np.flatnonzero(found != rows).tolist():
             yield Problem(name, offset + slot * file.row_bytes, f"row {slot} of the chunk differs from its row_crc")
     bits = data.view(file.bits).reshape(file.rows, file.width)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crc32c import crc32c
+
 from hiddenlake.cache.errors import CorruptError, StoreError
-from hiddenlake.cache.store.files import crc32c, create_exclusive
+from hiddenlake.cache.store.files import create_exclusive
 from hiddenlake.cache.store.layout import check_signed, sign, to_json_bytes
 
 

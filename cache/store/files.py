@@ -18,9 +18,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-import google_crc32c
-import numpy as np
-
 from hiddenlake.cache.errors import StoreError
 
 _REMEDIES = {
@@ -44,11 +41,6 @@ def storing(path: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         remedy = _REMEDIES.get(error.errno, "check the folder, then run the same command again")
         raise StoreError(f"{path}: {error.strerror or error}: {remedy}") from error
-
-
-def crc32c(data: bytes | np.ndarray, start: int = 0) -> int:
-    """crc32c of bytes, or of a C-contiguous array's bytes, continued from `start`."""
-    return google_crc32c.extend(start, data)
 
 
 def fsync_folder(folder: str | os.PathLike) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from crc32c import crc32c
 
 from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.coverage import EMBED, Coverage
-from hiddenlake.cache.store.files import crc32c
 from hiddenlake.cache.store.shard_file import ShardFile
 
 ROW_CRC = "row_crc"

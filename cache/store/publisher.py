@@ -8,12 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from crc32c import crc32c
+
 from hiddenlake.cache.errors import StoreError
 from hiddenlake.cache.samples import Sample
 from hiddenlake.cache.store.claims import Claims, sample_claim, token_claim
 from hiddenlake.cache.store.commits import Commit, FileRecord, list_commits, read_commit
 from hiddenlake.cache.store.derived import derived_chunks
-from hiddenlake.cache.store.files import crc32c, write_atomic
+from hiddenlake.cache.store.files import write_atomic
 from hiddenlake.cache.store.layout import Layout, encode_numbers
 from hiddenlake.cache.store.shard import Shard, ShardBuffer, TokenBuffer, TokenShard
 from hiddenlake.cache.store.tables import encode_samples

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.store.commits import Commit, FileRecord, read_checked, remedy
-from hiddenlake.cache.store.files import crc32c
 from hiddenlake.cache.store.shard_file import ShardFile
 
 # Several reads in flight hide a cold disk's latency, also on few cores.
@@ -150,7 +149,7 @@ class _Plan:
                 data = scratch[start:stop].reshape(-1).view(np.uint8)
                 _preadv(read, self.descriptor, [data], offset + slot * shape.row_bytes)
             if checksums is not None:
-                found = np.fromiter(map(google_crc32c.value, scratch), np.uint32, len(distinct))
+                found = np.fromiter(map(crc32c, scratch), np.uint32, len(distinct))
                 wrong = np.flatnonzero(found != checksums[chunk, distinct])
                 if len(wrong):
                     slot = int(distinct[wrong[0]])

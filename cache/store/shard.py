@@ -13,12 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from hiddenlake.cache.errors import CaptureError, StoreError
 from hiddenlake.cache.store.coverage import DTYPES
-from hiddenlake.cache.store.files import crc32c
 from hiddenlake.cache.store.layout import Layout
 
 # Mappings of other processes' buffers that a process keeps: four buffers x a few sites x a few writers.
@@ -149,10 +148,10 @@ class ShardBuffer(_Buffer):
             for chunk in range(len(file.present)):
                 # Both checksums in turn, while the chunk lies in the CPU's cache.
                 page = image[chunk * file.pitch : (chunk + 1) * file.pitch]
-                checksum = google_crc32c.value(page[: file.chunk_bytes])
+                checksum = crc32c(page[: file.chunk_bytes])
                 page[file.chunk_bytes : file.chunk_bytes + 4] = list(checksum.to_bytes(4, "little"))
-                whole = google_crc32c.extend(whole, page)
-            sealed[site] = google_crc32c.extend(whole, file.index)
+                whole = crc32c(page, whole)
+            sealed[site] = crc32c(file.index, whole)
         return sealed
 
 
@@ -211,10 +210,10 @@ class TokenBuffer(_Buffer):
             parts, whole = [], 0
             for number in file.present.tolist():
                 chunk = chunks[number]
-                tail = google_crc32c.value(chunk).to_bytes(4, "little").ljust(file.pitch - file.chunk_bytes, b"\0")
-                whole = google_crc32c.extend(google_crc32c.extend(whole, chunk), tail)
+                tail = crc32c(chunk).to_bytes(4, "little").ljust(file.pitch - file.chunk_bytes, b"\0")
+                whole = crc32c(tail, crc32c(chunk, whole))
                 parts += [chunk, tail]
-            sealed[site] = [*parts, file.index], google_crc32c.extend(whole, file.index)
+            sealed[site] = [*parts, file.index], crc32c(file.index, whole)
         return columns, sealed
 
 
@@ -227,7 +226,7 @@ def _all_finite(bits: np.ndarray) -> bool:
 
 def _row_checksums(bits: np.ndarray) -> list[int]:
     """crc32c of each row of a C-contiguous array (..., width), in C order."""
-    return list(map(google_crc32c.value, bits.reshape(-1, bits.shape[-1])))
+    return list(map(crc32c, bits.reshape(-1, bits.shape[-1])))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from crc32c import crc32c
 
 from hiddenlake.cache.store.coverage import DTYPES
-from hiddenlake.cache.store.files import crc32c
 
 # Every inner chunk starts on a page, as direct and GPU-direct reads want it.
 ALIGNMENT = 4096

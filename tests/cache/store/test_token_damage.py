@@ -7,12 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
+from crc32c import crc32c
 
 from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.positions import Tokens
 from hiddenlake.cache.store import open_capture
 from hiddenlake.cache.store.commits import FileRecord, read_commit
-from hiddenlake.cache.store.files import crc32c
 from hiddenlake.cache.store.layout import encode_numbers
 from hiddenlake.cache.store.verify import verify
 
