@@ -146,7 +146,8 @@ class Collector:
                 shard_samples=self.offer.shard_samples,
             )
             if name not in self._rows:
-                orders = [order for shard in list_commits(path) for order in read_commit(path, shard).order if order]
+                place = writer.place
+                orders = [order for shard in list_commits(place) for order in read_commit(place, shard).order if order]
                 self._rows[name] = max((index for index, _ in orders), default=-1) + 1
             shelf = Shelf(self._workers.port(), writer)
             capture = self._captures[name] = _Open(name, writer, shelf, self._rows[name])

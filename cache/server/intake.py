@@ -14,6 +14,7 @@ from hiddenlake.cache.identity import Decoding, Identity, sample_key
 from hiddenlake.cache.model import Model
 from hiddenlake.cache.positions import EXACT_ANSWER, POOLS, parse_positions, wanted
 from hiddenlake.cache.sites import SITES, parse_layers, parse_sites
+from hiddenlake.cache.store.backend import open_backend
 from hiddenlake.cache.store.coverage import EMBED, Coverage
 from hiddenlake.cache.store.root import is_capture, read_root
 from hiddenlake.cache.store.sizes import choose_layout
@@ -167,8 +168,8 @@ class Intake:
         """What the request asks for: what the capture holds, or, where there is none yet, what fits its buffers."""
         known = self._known.get(name)
         path = self.offer.lake / name
-        if known is None and is_capture(path):
-            root = read_root(path)
+        if known is None and is_capture(place := open_backend(path)):
+            root = read_root(place)
             known = root.identity, root.coverage
         asked = self._asked(extra_args, known and known[1])
         if known is None:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from hiddenlake.cache.errors import HiddenlakeError, StoreError
+from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.reader import Capture, open_capture
-from hiddenlake.cache.store.root import is_capture
+from hiddenlake.cache.store.root import has_root, is_capture
 from hiddenlake.cache.store.verify import RESULT
 
 
@@ -18,17 +19,26 @@ def list_captures(lake: str | Path) -> list[dict[str, Any]]:
 
     Raises StoreError where there is no such folder.
     """
-    lake = Path(lake)
-    if not lake.is_dir():
-        raise StoreError(f"{lake} is no folder: name the folder that holds your captures")
-    folders = [lake] if is_capture(lake) else sorted(f for f in lake.iterdir() if not f.name.startswith("."))
-    return [_entry(folder) for folder in folders if is_capture(folder) or (folder / "commits").is_dir()]
+    return [_entry(place) for place in captures_of(lake)]
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    where = {"name": path.resolve().name, "path": str(path)}
+def captures_of(lake: str | Path | Backend) -> list[Backend]:
+    """The captures of a folder, by name; the folder itself may be one. Raises StoreError where there is no such folder."""
+    place = open_backend(lake)
+    if has_root(place):
+        return [place]
     try:
-        capture = open_capture(path)
+        names = sorted(name for name in place.list_folders() if not name.startswith("."))
+    except OSError as error:
+        raise StoreError(f"{place} is no folder: name the folder that holds your captures") from error
+    # A capture whose root is damaged is one too: the listing says so.
+    return [child for child in map(place.child, names) if is_capture(child) or child.list_files("commits")]
+
+
+def _entry(place: Backend) -> dict[str, Any]:
+    where = {"name": place.name, "path": str(place)}
+    try:
+        capture = open_capture(place)
         return where | _facts(capture)
     except HiddenlakeError as error:
         return where | {"error": str(error)}
@@ -58,14 +68,14 @@ def _name(value: Any) -> Any:
 
 def describe(capture: Capture) -> dict[str, Any]:
     """Everything that `hiddenlake info` shows of one capture, as plain JSON."""
-    verified = capture.path / RESULT
+    verified = capture.place.read(RESULT) if RESULT in capture.place.list_files("") else None
     provenances = {json.dumps(commit.provenance, sort_keys=True): commit.provenance for commit in capture.commits}
     failures: dict[str, int] = {}
     for cause in capture.failures()["cause"].to_pylist():
         failures[cause] = failures.get(cause, 0) + 1
     return {
-        "name": capture.path.resolve().name,
-        "path": str(capture.path),
+        "name": capture.place.name,
+        "path": capture.path,
         **_facts(capture),
         "layers": list(capture.coverage.layers),
         "positions": list(capture.coverage.positions),
@@ -75,5 +85,5 @@ def describe(capture: Capture) -> dict[str, Any]:
         "shard_samples": capture.shard_samples,
         "shards": len(capture.commits),
         "failure_causes": failures,
-        "verified": json.loads(verified.read_bytes()) if verified.exists() else None,
+        "verified": json.loads(verified) if verified else None,
     }

@@ -1,33 +1,27 @@
 """Claims: who may write which shard, and who works on which samples, among processes that share a capture.
 
-A writer lives as long as it holds the flock on its file in writers/; a process that dies, lets go of it.
-All that is decided here is decided under one lock, and only between living writers.
+All that is decided here is decided under one lock, and only between living writers. Which of them live, the backend
+knows: exactly on a local disk, where the shard of a dead writer is taken over; or only as far as heartbeats tell, on
+object storage. There a writer that was taken for dead may wake up at any time. So before anybody takes what it had
+reserved, each shard that it had claimed is given up for all, by a commit that holds nothing: a commit is created once, so
+either it or the writer's own is there.
 """
 
 import json
-import os
 import secrets
 from collections.abc import Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import cache
 from itertools import count
-from pathlib import Path
 
 from hiddenlake.cache.errors import CorruptError, StoreError
-from hiddenlake.cache.store.commits import list_commits
-from hiddenlake.cache.store.files import (
-    FileLock,
-    create_exclusive,
-    final_name,
-    is_locked,
-    remove,
-    storing,
-    write_atomic,
-)
-from hiddenlake.cache.store.layout import Layout, to_json_bytes
+from hiddenlake.cache.store.backend import Backend
+from hiddenlake.cache.store.commits import Commit, list_commits
+from hiddenlake.cache.store.files import trouble
+from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.metadata import arrays
-
-LOCK = "writers/lock"
+from hiddenlake.cache.store.signing import to_json_bytes
 
 
 class Claims:
@@ -39,63 +33,74 @@ class Claims:
         after this knows all commits of the others, which are dead.
     """
 
-    def __init__(self, path: Path, layout: Layout) -> None:
-        self.path = path
+    def __init__(self, place: Backend, layout: Layout) -> None:
+        self.place = place
         self.layout = layout
         self.writer = secrets.token_hex(8)
         self.living: set[str] = set()
-        self._file = FileLock(self._writer_file(self.writer))
+        self._member = place.join(self.writer)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """The capture's one lock, held for as long as deciding takes; never while data is written."""
-        with storing(self.path), FileLock(self.path / LOCK):
-            self.living = {writer for writer in self._writers() if self._lives(writer)}
+        with self.place.lock():
+            self.check()
+            writers = self.place.writers()
+            self.living = {self.writer, *(writer for writer in writers if self.place.lives(writer))}
+            if not self.place.exact:
+                for writer in set(writers) - self.living:
+                    self._give_up(writer)
             yield
+
+    def check(self) -> None:
+        """Raise StoreError when this writer was taken for dead, so that others may do its work."""
+        self._member.check()
 
     def leave(self) -> None:
         """Let go of everything. Reservations and uncommitted claims no longer count."""
-        remove(self._file.path)
-        self._file.release()
+        self._member.leave()
 
-    def _writer_file(self, writer: str) -> Path:
-        return self.path / "writers" / f"{writer}.jsonl"
+    def _give_up(self, writer: str) -> None:
+        """A writer that may be dead can commit nothing any more, and what it has claimed stays empty.
 
-    def _lives(self, writer: str) -> bool:
-        if writer == self.writer:
-            return True
-        try:
-            return is_locked(self._writer_file(writer))
-        except FileNotFoundError:
-            return False
-
-    def _writers(self) -> set[str]:
-        return {name[:-6] for name in os.listdir(self.path / "writers") if name.endswith(".jsonl")}
+        It is forgotten before its claims are looked for: so it either finds that out before it commits, or its claim is
+        found here.
+        """
+        self.place.forget(writer)
+        committed = list_commits(self.place)
+        for name in self.place.list_files("claims"):
+            held = self.read(f"claims/{name}")
+            if name.isdecimal() and int(name) not in committed and held is not None and held[0] == writer:
+                nothing = (None,) * self.layout.samples
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                spans = nothing if self.layout.token_files else ()
+                Commit(int(name), self.writer, held[1] + 1, {}, nothing, nothing, {}, now, spans).create(self.place)
 
     def reserved_by_others(self) -> set[str]:
         """Keys that other living writers work on. Under the lock."""
         reserved: set[str] = set()
         for writer in self.living - {self.writer}:
-            with suppress(FileNotFoundError):
-                for line in self._writer_file(writer).read_text().splitlines():
-                    reserved.update(json.loads(line))
+            for line in self.place.appended(writer):
+                reserved.update(json.loads(line))
         return reserved
 
     def reserve(self, keys: list[str]) -> None:
         """Tell the other writers. Under the lock."""
-        self._file.append(json.dumps(keys).encode() + b"\n")
+        self._member.append(json.dumps(keys).encode())
 
     def read(self, claim: str) -> tuple[str, int] | None:
         """(writer, fencing) of a claim (`sample_claim`, `token_claim`), or None."""
-        file = self.path / claim
+        file = f"{self.place}/{claim}"
         try:
-            document = json.loads(file.read_bytes())
+            document = json.loads(self.place.read(claim))
             return document["writer"], document["fencing"]
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise trouble(file, error) from error
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptError(
-                f"{file}: not a claim ({error!r}): stop all writers of this capture, delete the file, "
+                f"{file}: not a claim ({error!r}): stop all writers of this capture, run `hiddenlake repair {self.place}`, "
                 f"and run the same command again"
             ) from error
 
@@ -104,7 +109,7 @@ class Claims:
 
         Returns (shard, fencing number).
         """
-        committed = list_commits(self.path)
+        committed = list_commits(self.place)
         shard = next(k for k in count() if k not in committed and not self._held(sample_claim(k)))
         return shard, self._take(sample_claim(shard), self.layout.files_of(shard) + self._derived(shard))
 
@@ -134,24 +139,26 @@ class Claims:
         }
 
     def _held(self, claim: str) -> bool:
+        """Whether a shard is not to be had."""
         held = self.read(claim)
-        return held is not None and held[0] in self.living
+        return held is not None and (held[0] in self.living or not self.place.exact)
 
     def _take(self, claim: str, files: list[str]) -> int:
         """Take a claim that is free, removing the files that a dead writer left. Returns its fencing number."""
-        held, file = self.read(claim), self.path / claim
+        held = self.read(claim)
         fencing = 1 if held is None else held[1] + 1
         document = to_json_bytes({"writer": self.writer, "fencing": fencing})
         if held is None:
-            if not create_exclusive(file, document):
+            if not self.place.create(claim, document) and self.read(claim) != (self.writer, fencing):
                 raise StoreError(
-                    f"{file} appeared while this process held the capture's lock, so the file system does not honour "
-                    f"flock: put the capture on a local file system, or run one writer at a time"
+                    f"{self.place}/{claim} appeared while this process held the capture's lock: the file system does not "
+                    f"honour flock (put the capture on a local one), or this process stood still for long (run the "
+                    f"same command again)"
                 )
         else:
             for name in files:
-                remove(self.path / name)
-            write_atomic(file, document)
+                self.place.remove(name)
+            self.place.write(claim, document)
         return fencing
 
     def _derived(self, shard: int) -> list[str]:
@@ -164,11 +171,16 @@ class Claims:
 
         What a living writer holds is never touched. Claims stay: the next to claim counts their fencing up.
         """
-        commits = list_commits(self.path)
-        held = cache(self._held)
+        commits = list_commits(self.place)
+
+        @cache
+        def held(claim: str) -> bool:
+            found = self.read(claim)
+            return found is not None and found[0] in self.living
+
         for folder in self._folders():
-            for name in os.listdir(self.path / folder):
-                final = final_name(name)
+            for name in self.place.list_files(folder):
+                final = self.place.final_name(name)
                 claim, there = self._claim_of(folder, final or name, commits, committed)
                 if final is None:
                     left = claim is not None and not there and not held(claim)
@@ -178,9 +190,9 @@ class Claims:
                     # Without a claim it is metadata or itself a claim, which is written under the lock only.
                     left = claim is None or not held(claim)
                 if left:
-                    remove(self.path / folder / name)
-        for writer in self._writers() - self.living:
-            remove(self._writer_file(writer))
+                    self.place.remove(f"{folder}/{name}" if folder else name)
+        for writer in set(self.place.writers()) - self.living:
+            self.place.forget(writer)
 
     def _claim_of(
         self, folder: str, name: str, commits: Container[int], committed: Container[int]
@@ -188,7 +200,7 @@ class Claims:
         """(the claim that a file is written under, whether its shard was committed), or (None, False)."""
         file = f"{folder}/{name}"
         if folder == "commits":
-            shard = int(name[:-5]) if name[:-5].isdigit() else None
+            shard = int(name[:-5]) if name[:-5].isdecimal() else None
         elif (shard := self.layout.token_shard_of(file)) is not None:
             return token_claim(shard), shard in committed
         else:
@@ -197,9 +209,7 @@ class Claims:
 
     def _folders(self) -> Iterator[str]:
         yield from ("", "claims", "commits", "failures", "samples", "writers")
-        for name in arrays(self.layout, 1, 1):
-            if (self.path / name).is_dir():
-                yield name
+        yield from arrays(self.layout, 1, 1)
 
 
 def sample_claim(shard: int) -> str:
@@ -212,8 +222,8 @@ def token_claim(shard: int) -> str:
     return f"claims/tokens.{shard}"
 
 
-def enter(path: Path, layout: Layout) -> Claims:
+def enter(place: Backend, layout: Layout) -> Claims:
     """Become a writer of a capture."""
-    # Under the lock, so that nobody sees the file before it is locked and takes its writer for dead.
-    with storing(path), FileLock(path / LOCK):
-        return Claims(path, layout)
+    # Under the lock, so that nobody sees the writer before it lives and takes it for dead.
+    with place.lock():
+        return Claims(place, layout)

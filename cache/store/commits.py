@@ -1,25 +1,82 @@
 """Commits: what shard k holds, with checksums. They alone decide what exists."""
 
+import base64
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 from crc32c import crc32c
 
 from hiddenlake.cache.errors import CorruptError, StoreError
-from hiddenlake.cache.store.files import create_exclusive
-from hiddenlake.cache.store.layout import check_signed, sign, to_json_bytes
+from hiddenlake.cache.store.backend import Backend
+from hiddenlake.cache.store.files import trouble
+from hiddenlake.cache.store.signing import check_signed, sign, to_json_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What a lossy codec lost, measured on every row that was stored.
+
+    relative : the largest relative L2 error of a row.  cosine : the mean of 1 - cosine.  rows : how many were measured.
+    """
+
+    relative: float
+    cosine: float
+    rows: int
+
+    def __add__(self, other: "Loss") -> "Loss":
+        rows = self.rows + other.rows
+        cosine = (self.cosine * self.rows + other.cosine * other.rows) / rows if rows else 0.0
+        return Loss(max(self.relative, other.relative), cosine, rows)
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """Size and checksum of one committed file."""
+    """Size and checksum of one committed file that is read as a whole.
+
+    crc32c : of all but the last four bytes. Most of these files end with their own crc32c, and the crc32c of a text
+        and its crc32c is the same number for every text: it would bind a commit to nothing.
+    """
 
     size: int
     crc32c: int
+
+    @classmethod
+    def of(cls, data: bytes) -> "FileRecord":
+        return cls(len(data), crc32c(data[:-4]))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"size": self.size, "crc32c": self.crc32c}
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRecord:
+    """One committed file of chunks, which are read one by one. Bytes are little-endian uint32, a chunk each, in file order.
+
+    crcs : crc32c of each chunk as it is stored.  lengths : its bytes, where they differ from chunk to chunk.
+    """
+
+    size: int
+    crcs: bytes
+    lengths: bytes = b""
+
+    def to_json(self) -> dict[str, Any]:
+        body = {"size": self.size, "crcs": base64.b64encode(self.crcs).decode()}
+        return body | ({"lengths": base64.b64encode(self.lengths).decode()} if self.lengths else {})
+
+
+Record = FileRecord | ChunkRecord
+
+
+def _record(body: dict[str, Any]) -> Record:
+    if "crc32c" in body:
+        return FileRecord(body["size"], body["crc32c"])
+    crcs, lengths = (base64.b64decode(body.get(name, ""), validate=True) for name in ("crcs", "lengths"))
+    if len(crcs) % 4 or (lengths and len(lengths) != len(crcs)):
+        raise ValueError(f"{len(crcs)} bytes of checksums and {len(lengths)} of lengths")
+    return ChunkRecord(body["size"], crcs, lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +87,13 @@ class Commit:
     provenance : engine, versions and hardware of that process.
     keys : (slot,) sample keys, None in a free slot.
     order : (slot,) (index, sample_index) of each sample, None in a free slot: the task's order.
-    files : path inside the capture -> size and checksum: of the shard's own files, and of each token shard that its
+    files : path inside the capture -> size and checksums: of the shard's own files, and of each token shard that its
         samples have tokens in. Commits share token shards, and each vouches for all that it needs.
     time : UTC, ISO 8601.
     spans : (slot,) (start, length) of each sample on the token axis, (-1, 0) where it has no tokens, None in a free
         slot; empty in a capture without tokens.
     token_shards : token shard -> how many of its chunks along the token axis are in its files.
+    losses : array -> what its codec lost, for a lossy one; of tokens, over all rows of the token shards.
     """
 
     shard: int
@@ -44,16 +102,28 @@ class Commit:
     provenance: dict[str, Any]
     keys: tuple[str | None, ...]
     order: tuple[tuple[int, int] | None, ...]
-    files: dict[str, FileRecord]
+    files: dict[str, Record]
     time: str
     spans: tuple[tuple[int, int] | None, ...] = ()
     token_shards: dict[int, int] = field(default_factory=dict)
+    losses: dict[str, Loss] = field(default_factory=dict)
 
-    def publish(self, path: Path) -> None:
+    def publish(self, place: Backend) -> None:
         """Make the shard exist, by exclusive creation.
 
         Raises StoreError when someone else committed this shard.
         """
+        if self.create(place):
+            return
+        found = read_commit(place, self.shard)
+        if (found.writer, found.fencing) != (self.writer, self.fencing):
+            raise StoreError(
+                f"{place}/{_name(self.shard)}: shard {self.shard} was already committed by writer {found.writer}, "
+                f"not by {self.writer}: these samples were not stored; run the same command again"
+            )
+
+    def create(self, place: Backend) -> bool:
+        """The same, unless the shard is committed. Returns whether this call did it."""
         body = {
             "shard": self.shard,
             "writer": self.writer,
@@ -61,92 +131,102 @@ class Commit:
             "provenance": self.provenance,
             "keys": list(self.keys),
             "order": [None if pair is None else list(pair) for pair in self.order],
-            "files": {name: {"size": record.size, "crc32c": record.crc32c} for name, record in self.files.items()},
+            "files": {name: record.to_json() for name, record in self.files.items()},
             "time": self.time,
         }
         if self.spans:
             body["spans"] = [None if span is None else list(span) for span in self.spans]
             body["token_shards"] = {str(shard): columns for shard, columns in self.token_shards.items()}
-        if create_exclusive(path / _name(self.shard), to_json_bytes(sign(body))):
-            return
-        found = read_commit(path, self.shard)
-        if (found.writer, found.fencing) != (self.writer, self.fencing):
-            raise StoreError(
-                f"{path / _name(self.shard)}: shard {self.shard} was already committed by writer {found.writer}, "
-                f"not by {self.writer}: these samples were not stored; run the same command again"
-            )
+        if self.losses:
+            body["losses"] = {name: asdict(loss) for name, loss in self.losses.items()}
+        return place.create(_name(self.shard), to_json_bytes(sign(body)))
 
 
 def _name(shard: int) -> str:
     return f"commits/{shard}.json"
 
 
-def list_commits(path: Path) -> set[int]:
+def list_commits(place: Backend) -> set[int]:
     """Numbers of the committed shards."""
     try:
-        names = os.listdir(path / "commits")
+        names = place.list_files("commits")
     except OSError as error:
-        raise StoreError(f"{path / 'commits'}: {error.strerror}: the capture's commits cannot be read") from error
-    return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}
+        raise trouble(f"{place}/commits", error) from error
+    return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()}
 
 
-def read_commit(path: Path, shard: int) -> Commit:
-    """Read and check one commit. Raises CorruptError."""
-    file = path / _name(shard)
+def read_commit(place: Backend, shard: int) -> Commit:
+    """Read and check one commit. Raises CorruptError, StoreError."""
+    file = f"{place}/{_name(shard)}"
     try:
-        document = json.loads(file.read_bytes())
+        document = json.loads(place.read(_name(shard)))
     except ValueError as error:
-        raise CorruptError(f"{file}: not JSON ({error}): {remedy(path, [shard])}") from error
+        raise CorruptError(f"{file}: not JSON ({error}): {remedy(place, [shard])}") from error
     except OSError as error:
-        raise StoreError(f"{file}: {error.strerror}: the commit cannot be read") from error
-    body = check_signed(document, str(file))
-    if body["shard"] != shard:
-        raise CorruptError(f"{file}: it is the commit of shard {body['shard']}: {remedy(path, [shard])}")
-    return Commit(
-        shard,
-        body["writer"],
-        body["fencing"],
-        body["provenance"],
-        tuple(body["keys"]),
-        _pairs(body["order"]),
-        {name: FileRecord(**record) for name, record in body["files"].items()},
-        body["time"],
-        _pairs(body.get("spans", [])),
-        {int(number): columns for number, columns in body.get("token_shards", {}).items()},
-    )
+        raise trouble(file, error) from error
+    body = check_signed(document, file)
+    try:
+        commit = Commit(
+            body["shard"],
+            body["writer"],
+            body["fencing"],
+            body["provenance"],
+            tuple(body["keys"]),
+            _pairs(body["order"]),
+            {name: _record(record) for name, record in body["files"].items()},
+            body["time"],
+            _pairs(body.get("spans", [])),
+            {int(number): columns for number, columns in body.get("token_shards", {}).items()},
+            {name: Loss(**loss) for name, loss in body.get("losses", {}).items()},
+        )
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CorruptError(f"{file}: not a commit ({error!r}): {remedy(place, [shard])}") from error
+    if commit.shard != shard:
+        raise CorruptError(f"{file}: it is the commit of shard {commit.shard}: {remedy(place, [shard])}")
+    return commit
 
 
 def _pairs(values: list[list[int] | None]) -> tuple[tuple[int, int] | None, ...]:
     return tuple(None if pair is None else (pair[0], pair[1]) for pair in values)
 
 
-def remedy(path: Path, shards: Sequence[int]) -> str:
+def remedy(place: Backend, shards: Sequence[int]) -> str:
     """What to do about damage that concerns the commits of these shards."""
-    names = ", ".join(str(path / _name(shard)) for shard in shards)
     return (
-        f"`hiddenlake verify {path}` lists all damage; delete {names} and run the capture again "
-        f"to capture these samples again"
+        f"`hiddenlake verify {place}` lists all damage, and `hiddenlake repair {place}` mends what can be mended and gives "
+        f"up the rest ({', '.join(map(_name, shards))}), so that the same capture command makes it again"
     )
 
 
-def read_checked(path: Path, name: str, record: FileRecord, shards: Sequence[int]) -> bytes:
+def read_checked(place: Backend, name: str, record: FileRecord, shards: Sequence[int]) -> bytes:
     """A whole small file that the commits of `shards` vouch for with `record`. Raises CorruptError."""
-    file = path / name
+    file = f"{place}/{name}"
     try:
-        raw = file.read_bytes()
+        size = place.size(name)
+        # Before anything is allocated: a file may be any size.
+        raw = place.read(name) if size == record.size else b""
     except OSError as error:
         raise CorruptError(
             f"{file}: {error.strerror}, but shard {shards[0]} was committed with it "
-            f"({record.size} bytes): {remedy(path, shards)}"
+            f"({record.size} bytes): {remedy(place, shards)}"
         ) from error
-    if len(raw) != record.size:
+    if size != record.size or len(raw) != record.size:
         raise CorruptError(
-            f"{file}: {len(raw)} bytes, but {record.size} were committed (it ends at byte {len(raw)}): "
-            f"{remedy(path, shards)}"
+            f"{file}: {size} bytes, but {record.size} were committed (it ends at byte {size}): {remedy(place, shards)}"
         )
-    if crc32c(raw) != record.crc32c:
+    found = FileRecord.of(raw)
+    if found != record:
         raise CorruptError(
-            f"{file}: crc32c of bytes 0 to {len(raw)} is {crc32c(raw):#010x}, but {record.crc32c:#010x} was committed: "
-            f"{remedy(path, shards)}"
+            f"{file}: crc32c of bytes 0 to {len(raw) - 4} is {found.crc32c:#010x}, but {record.crc32c:#010x} was "
+            f"committed: {remedy(place, shards)}"
         )
     return raw
+
+
+def read_array(place: Backend, name: str, record: FileRecord, shards: Sequence[int], dtype: str) -> np.ndarray:
+    """The numbers of a whole small file that is one Zarr chunk with its crc32c: (n,). Raises CorruptError."""
+    raw = read_checked(place, name, record, shards)
+    stored = int.from_bytes(raw[-4:], "little")
+    if stored != record.crc32c:
+        raise CorruptError(f"{place}/{name}: its last four bytes are not its crc32c: {remedy(place, shards)}")
+    return np.frombuffer(raw[:-4], dtype)

@@ -16,8 +16,12 @@ EMBED = "embed"
 # name -> (bits as the store moves them, the values' type, the quiet NaN of absent cells)
 DTYPES = {
     "bfloat16": (np.dtype("<u2"), np.dtype(ml_dtypes.bfloat16), 0x7FC0),
+    "float16": (np.dtype("<u2"), np.dtype("<f2"), 0x7E00),
     "float32": (np.dtype("<f4"), np.dtype("<f4"), np.nan),
 }
+
+# name -> the bits of infinity: what is not below them, sign aside, is not finite
+INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Coverage:
     layers : 0-based block indices, ascending. () where no site has layers, whatever was given.
     positions : names, in the order of the store's position axis. () where only tokens are stored.
     widths : last axis of each site, in elements. `embed` may be left out beside another site as wide as it.
-    dtype : `bfloat16` or `float32`, as stored.
+    dtype : `bfloat16`, `float16` or `float32`, as stored.
     tokens : which tokens of each sample are stored, or None for none.
 
     Raises ValueError (UnknownNameError for a name that does not exist).
@@ -60,7 +64,7 @@ class Coverage:
         if self.positions and parse_positions(self.positions) != (self.positions, None):
             raise ValueError(f"positions {self.positions}: expected canonical names, each once; use parse_positions")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r}: expected {' or '.join(DTYPES)}")
+            raise ValueError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
         self._check_widths()
 
     def _check_widths(self) -> None:

@@ -4,14 +4,13 @@ Readers that know only Zarr need them; ours does not. Whatever is missing or dif
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hiddenlake.cache.positions import ABSENT, in_answer
+from hiddenlake.cache.store.backend import Backend
 from hiddenlake.cache.store.commits import Commit, read_checked
-from hiddenlake.cache.store.files import write_atomic
 from hiddenlake.cache.store.layout import Layout, encode_numbers, encode_strings
 from hiddenlake.cache.store.root import Root
 from hiddenlake.cache.store.tables import decode
@@ -52,27 +51,32 @@ def cells_of(table: "pyarrow.Table") -> dict[int, tuple[Sequence[int], int]]:
     return {slot: (index, length) for slot, index, length in zip(*columns, strict=True)}
 
 
-def _derived_chunks_of(path: Path, layout: Layout, commit: Commit) -> dict[str, bytes]:
+def _derived_chunks_of(place: Backend, layout: Layout, commit: Commit) -> dict[str, bytes]:
     name = layout.samples_file(commit.shard)
-    raw = read_checked(path, name, commit.files[name], [commit.shard])
-    return derived_chunks(layout, commit, cells_of(decode(raw, path / name, ["slot", "token_index", "prompt_length"])))
+    raw = read_checked(place, name, commit.files[name], [commit.shard])
+    table = decode(raw, f"{place}/{name}", ["slot", "token_index", "prompt_length"])
+    return derived_chunks(layout, commit, cells_of(table))
 
 
-def differs(path: Path, name: str, data: bytes) -> bool:
+def differs(place: Backend, name: str, data: bytes) -> bool:
     """Whether a derived file is missing or holds other bytes."""
     try:
-        return (path / name).read_bytes() != data
+        return place.size(name) != len(data) or place.read(name) != data
     except FileNotFoundError:
         return True
 
 
-def rebuild(path: Path, root: Root, commits: Sequence[Commit]) -> None:
-    """Write every derived file that is missing or different. Call it under the capture's lock."""
-    layout = root.layout
+def rebuild(place: Backend, root: Root, commits: Sequence[Commit]) -> int:
+    """Write every derived file that is missing or different. Call it under the capture's lock. Returns how many."""
+    layout, wrong = root.layout, {}
     for name, data in (root.files() | layout.coordinates()).items():
-        if differs(path, name, data):
-            write_atomic(path / name, data)
+        if differs(place, name, data):
+            wrong[name] = data
     for commit in commits:
-        for name, data in _derived_chunks_of(path, layout, commit).items():
-            if differs(path, name, data):
-                write_atomic(path / name, data)
+        if commit.files:
+            for name, data in _derived_chunks_of(place, layout, commit).items():
+                if differs(place, name, data):
+                    wrong[name] = data
+    for name, data in wrong.items():
+        place.write(name, data)
+    return len(wrong)

@@ -1,22 +1,26 @@
-"""Durable files: the only module that creates, renames, links and fsyncs what a capture holds.
+"""Durable files: the only module that opens, reads, writes, renames, links and fsyncs what a local capture holds.
 
 A file appears under its name complete or not at all: it is written beside its name, fsynced, renamed,
 and the folder is fsynced. After a failed fsync the pages are gone for good, so the file is abandoned
 and never fsynced a second time.
 """
 
+import ctypes
 import errno
 import fcntl
 import glob
 import os
 import secrets
 import shutil
+import stat
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
+
+import numpy as np
 
 from hiddenlake.cache.errors import StoreError
 
@@ -39,8 +43,13 @@ def storing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno, "check the folder, then run the same command again")
-        raise StoreError(f"{path}: {error.strerror or error}: {remedy}") from error
+        raise trouble(path, error) from error
+
+
+def trouble(path: str | os.PathLike, error: OSError) -> StoreError:
+    """What went wrong with a file, and what to do."""
+    remedy = _REMEDIES.get(error.errno, "check the folder, then run the same command again")
+    return StoreError(f"{path}: {error.strerror or error}: {remedy}")
 
 
 def fsync_folder(folder: str | os.PathLike) -> None:
@@ -50,13 +59,6 @@ def fsync_folder(folder: str | os.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def make_folder(folder: Path) -> None:
-    """Create one folder durably; one that exists is fine."""
-    with storing(folder), suppress(FileExistsError):
-        os.mkdir(folder)
-        fsync_folder(folder.parent)
 
 
 def _temporary(path: Path) -> Path:
@@ -76,50 +78,79 @@ def _write_all(descriptor: int, data) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _write_temporary(path: Path, parts: Sequence, preallocate: bool = False) -> Path:
-    """Write and fsync the parts, one behind the other, beside `path`. Whatever fails, no unfinished file is left where
-    that can be helped."""
-    temporary = _temporary(path)
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    try:
-        try:
-            if preallocate and hasattr(os, "posix_fallocate"):
-                try:
-                    # The blocks are found once, and a full disk is known before the long write.
-                    os.posix_fallocate(descriptor, 0, sum(memoryview(part).nbytes for part in parts))
-                except OSError as error:
-                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                        raise
-            for part in parts:
-                _write_all(descriptor, part)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except BaseException:
+class Unfinished:
+    """A file that is written and not yet durable, beside the name that it is to get."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = _temporary(path)
+        self._descriptor: int | None = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+
+    def write(self, parts: Iterable, size: int | None) -> None:
+        """size : of all parts, to reserve the blocks; worth it for shards."""
+        if size is not None and hasattr(os, "posix_fallocate"):
+            try:
+                # The blocks are found once, and a full disk is known before the long write.
+                os.posix_fallocate(self._descriptor, 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+        for part in parts:
+            _write_all(self._descriptor, part)
+
+    def sync(self) -> None:
+        """Durable, but for its name."""
+        os.fsync(self._descriptor)
+        self._close()
+
+    def rename(self, path: Path) -> None:
+        self._close()
+        os.rename(self.path, path)
+
+    def discard(self) -> None:
         with suppress(OSError):
-            os.unlink(temporary)
+            self._close()
+        with suppress(OSError):
+            os.unlink(self.path)
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            os.close(descriptor)
+
+
+def write_beside(path: Path, parts: Iterable, size: int | None = None) -> Unfinished:
+    """Write the parts, one behind the other, beside `path`: bytes or C-contiguous buffers, without a copy.
+
+    Whatever fails, no unfinished file is left where that can be helped.
+    """
+    unfinished = Unfinished(path)
+    try:
+        unfinished.write(parts, size)
+    except BaseException:
+        unfinished.discard()
         raise
-    return temporary
+    return unfinished
 
 
-def write_atomic(path: str | os.PathLike, *parts, preallocate: bool = False) -> None:
-    """Write a file so that a reader sees the old one or the new one, durably on return.
+def write_atomic(path: str | os.PathLike, data: bytes, durable: bool = True) -> None:
+    """Write a file so that a reader sees the old one or the new one.
 
-    parts : bytes or C-contiguous buffers, written one behind the other in one sequential pass without a copy.
-    preallocate : reserve the blocks first; worth it for shards.
+    durable : whether it survives a power cut once this returns; without that, either one may, or an empty one.
 
     Raises StoreError.
     """
     path = Path(path)
     with storing(path):
-        temporary = _write_temporary(path, parts, preallocate)
+        unfinished = write_beside(path, [data])
         try:
-            os.rename(temporary, path)
+            if durable:
+                unfinished.sync()
+            unfinished.rename(path)
         except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
+            unfinished.discard()
             raise
-        fsync_folder(path.parent)
+        if durable:
+            fsync_folder(path.parent)
 
 
 def create_exclusive(path: str | os.PathLike, data: bytes) -> bool:
@@ -131,14 +162,15 @@ def create_exclusive(path: str | os.PathLike, data: bytes) -> bool:
     """
     path = Path(path)
     with storing(path):
-        temporary = _write_temporary(path, [data])
+        unfinished = write_beside(path, [data])
         try:
-            os.link(temporary, path)
+            unfinished.sync()
+            os.link(unfinished.path, path)
             created = True
         except FileExistsError:
             created = False
         finally:
-            os.unlink(temporary)
+            unfinished.discard()
         fsync_folder(path.parent)
     return created
 
@@ -196,10 +228,141 @@ def _sweep_folders(path: Path, lock: str) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
+def delete_folder(path: Path) -> None:
+    """Remove a folder and all that it holds. It is renamed first, so that nobody sees half of it.
+
+    Raises StoreError.
+    """
+    with storing(path):
+        leaving = path.with_name(f".{path.name}.{secrets.token_hex(4)}.removing")
+        os.rename(path, leaving)
+        fsync_folder(path.parent)
+        shutil.rmtree(leaving)
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Two folders of one file system change places, in one step where the system can do that.
+
+    Raises StoreError.
+    """
+    with storing(first):
+        if not _exchange(first, second):
+            aside = first.with_name(f".{first.name}.{secrets.token_hex(4)}.removing")
+            os.rename(first, aside)
+            os.rename(second, first)
+            os.rename(aside, second)
+        for folder in {first.parent, second.parent}:
+            fsync_folder(folder)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """renameat2(2) with RENAME_EXCHANGE, which Python does not have. Returns False where the system lacks it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if libc.renameat2(here, os.fsencode(first), here, os.fsencode(second), swap) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(number, os.strerror(number), str(first))
+
+
 def remove(path: str | os.PathLike) -> None:
     """Remove a file; one that is not there is fine."""
     with storing(path), suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def read(path: Path) -> bytes:
+    """A whole file. Raises OSError."""
+    descriptor = open_read(path)
+    try:
+        out = np.empty(descriptor_size(descriptor), np.uint8)
+        pread_into(descriptor, out, 0)
+        return out.tobytes()
+    except EOFError as error:
+        raise OSError(errno.EIO, "it became shorter while it was read") from error
+    finally:
+        os.close(descriptor)
+
+
+def open_read(path: Path) -> int:
+    """A descriptor. A symbolic link is not followed: what a capture holds lies in its folder. Raises OSError."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a symbolic link, which no capture holds") from error
+        raise
+
+
+def close(descriptor: int) -> None:
+    os.close(descriptor)
+
+
+def descriptor_size(descriptor: int) -> int:
+    """Bytes of an open file. Raises OSError for anything else."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return found.st_size
+
+
+def pread_into(descriptor: int, out: np.ndarray, offset: int) -> None:
+    """Fill out, (n,) uint8. Raises EOFError where the file ends before that, OSError."""
+    got = os.preadv(descriptor, (out,), offset)
+    while got < out.nbytes:
+        # A signal, or a range above the kernel's 2 GiB, ends a read early.
+        more = os.preadv(descriptor, (out[got:],), offset + got)
+        if not more:
+            raise EOFError(f"the file ends at byte {offset + got}")
+        got += more
+
+
+def pread_cached(descriptor: int, out: np.ndarray, offset: int) -> bool:
+    """Fill out, if all of it is in memory."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        return os.preadv(descriptor, (out,), offset, os.RWF_NOWAIT) == out.nbytes
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        return False
+
+
+def will_need(descriptor: int, offset: int, length: int) -> None:
+    """Tell the kernel what will be read, so that a cold disk works on all of it at once."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+
+def size(path: Path) -> int:
+    """Bytes that a file takes. Raises OSError."""
+    return os.stat(path, follow_symlinks=False).st_size
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Device and inode of a folder. Raises OSError."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def list_files(folder: Path) -> list[str]:
+    """Names of what a folder holds, but for folders; none where there is no such folder. Raises OSError."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+
+
+def list_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, also of links to folders. Raises OSError."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.is_dir()]
 
 
 class FileLock:

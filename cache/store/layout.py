@@ -3,25 +3,27 @@
 L layers, P positions, N samples, B samples a shard, T tokens a chunk, W width of a site. Nothing here touches a file.
 """
 
-import json
 import re
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from crc32c import crc32c
 
-from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.coverage import EMBED, Coverage
-from hiddenlake.cache.store.shard_file import ShardFile
+from hiddenlake.cache.store.shard_file import CODECS, ShardFile
 
 ROW_CRC = "row_crc"
 TOKENS = "tokens"
+SCALE = "scale"
 
 # One buffer fills while the other is written.
 BUFFERS = 2
+
+# Samples, tokens and elements of a chunk, and chunks of a shard file: far beyond any model, and far below what a few bytes
+# of damaged metadata could ask a reader to allocate.
+_MOST = (1 << 16, 1 << 20, 1 << 22, 1 << 20)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Layout:
 
     coverage : what is stored.  samples : B.
     chunk_tokens, shard_tokens : T, and tokens a token shard, a multiple of T; 0 without token-level data.
+    codec : of all activations, one of CODECS.
     files, token_files : site -> its file in a sample shard, and in a token shard whose chunks are all there.
     """
 
@@ -37,6 +40,7 @@ class Layout:
     samples: int
     chunk_tokens: int = 0
     shard_tokens: int = 0
+    codec: str = "none"
     files: dict[str, ShardFile] = field(init=False, compare=False)
     token_files: dict[str, ShardFile] = field(init=False, compare=False)
 
@@ -47,25 +51,33 @@ class Layout:
                 f"{K} tokens a shard in chunks of {T}: expected a multiple of the chunk where the coverage has tokens, "
                 f"and 0 where it has none"
             )
+        if self.codec not in CODECS:
+            raise ValueError(f"codec {self.codec!r}: expected one of {', '.join(CODECS)}")
+        chunks = max(1, len(c.layers)) * max(len(c.positions), K // T if T else 0)
+        sizes = (self.samples, T, max(c.widths.values()), chunks)
+        if self.samples < 1 or any(size > most for size, most in zip(sizes, _MOST, strict=True)):
+            raise ValueError(f"samples, chunk_tokens, width and chunks a shard are {sizes}: expected at most {_MOST}")
         cells, tokens = {}, {}
         for site in (*c.sites, EMBED):
             layers = (len(c.layers),) if SITES[site].layered else ()
             if c.positions:
-                cells[site] = ShardFile((*layers, len(c.positions)), self.samples, c.widths[site], c.dtype)
+                cells[site] = ShardFile(
+                    (*layers, len(c.positions)), self.samples, c.widths[site], c.dtype, None, self.codec
+                )
             if T:
-                tokens[site] = ShardFile((*layers, K // T), T, c.widths[site], c.dtype)
+                tokens[site] = ShardFile((*layers, K // T), T, c.widths[site], c.dtype, None, self.codec)
         object.__setattr__(self, "files", cells)
         object.__setattr__(self, "token_files", tokens)
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes of one shard of all sites and `embed`: what one shard buffer takes in memory."""
-        return sum(file.size for file in self.files.values())
+        """Bytes of one shard of all sites and `embed`, before a codec: what one shard buffer takes in memory."""
+        return sum(replace(file, codec="none").size for file in self.files.values())
 
     @property
     def token_shard_bytes(self) -> int:
         """The same of a token shard whose chunks are all there."""
-        return sum(file.size for file in self.token_files.values())
+        return sum(replace(file, codec="none").size for file in self.token_files.values())
 
     @property
     def token_bytes(self) -> int:
@@ -89,6 +101,12 @@ class Layout:
     def token_row_crc_file(self, site: str, shard: int) -> str:
         return f"{ROW_CRC}/{TOKENS}/{site}/c.{'0.' * SITES[site].layered}{shard}"
 
+    def scale_file(self, site: str, shard: int) -> str:
+        return f"{SCALE}/{site}/c.{'0.' * len(self.files[site].outer)}{shard}"
+
+    def token_scale_file(self, site: str, shard: int) -> str:
+        return f"{SCALE}/{TOKENS}/{site}/c.{'0.' * SITES[site].layered}{shard}"
+
     @staticmethod
     def samples_file(shard: int) -> str:
         return f"samples/{shard}.parquet"
@@ -98,6 +116,7 @@ class Layout:
         return [
             *(self.data_file(site, shard) for site in self.files),
             *(self.row_crc_file(site, shard) for site in self.files),
+            *(self.scale_file(site, shard) for site in self.files if self.codec == "fp8"),
             self.samples_file(shard),
         ]
 
@@ -106,6 +125,7 @@ class Layout:
         return [
             *(self.token_data_file(site, shard) for site in self.token_files),
             *(self.token_row_crc_file(site, shard) for site in self.token_files),
+            *(self.token_scale_file(site, shard) for site in self.token_files if self.codec == "fp8"),
         ]
 
     def derived_files(self, shard: int) -> dict[str, str]:
@@ -162,30 +182,3 @@ def encode_numbers(values: np.ndarray) -> bytes:
     """A chunk of numbers: C order, little-endian, and its crc32c."""
     raw = np.ascontiguousarray(values).tobytes()
     return raw + crc32c(raw).to_bytes(4, "little")
-
-
-def to_json_bytes(document: Any) -> bytes:
-    return json.dumps(document, ensure_ascii=False).encode() + b"\n"
-
-
-def sign(body: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with the crc32c of its canonical text beside its fields."""
-    return body | {"crc32c": crc32c(_canonical(body))}
-
-
-def check_signed(document: Any, file: str) -> dict[str, Any]:
-    """The fields of a signed JSON object. Raises CorruptError that names `file`."""
-    if not isinstance(document, dict) or "crc32c" not in document:
-        raise CorruptError(f"{file}: no crc32c field: the file is damaged; restore it from a copy")
-    body = {name: value for name, value in document.items() if name != "crc32c"}
-    found = crc32c(_canonical(body))
-    if found != document["crc32c"]:
-        raise CorruptError(
-            f"{file}: its content has crc32c {found:#010x}, but {document['crc32c']} was recorded in it: "
-            f"the file is damaged; restore it from a copy"
-        )
-    return body
-
-
-def _canonical(body: Any) -> bytes:
-    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

@@ -4,10 +4,12 @@ from typing import Any
 
 from hiddenlake.cache.positions import POOLS
 from hiddenlake.cache.sites import SITES
-from hiddenlake.cache.store.layout import ROW_CRC, TOKENS, Layout
+from hiddenlake.cache.store.codecs import ZSTD_LEVEL
+from hiddenlake.cache.store.layout import ROW_CRC, SCALE, TOKENS, Layout
 from hiddenlake.cache.store.shard_file import ShardFile
 
 _BYTES = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+_FP8_NAN = 0x7F
 _STRINGS = [{"name": "vlen-utf8"}, {"name": "crc32c"}]
 
 
@@ -18,7 +20,7 @@ def arrays(layout: Layout, shards: int, token_shards: int) -> dict[str, dict[str
     """
     c, B, N = layout.coverage, layout.samples, layout.samples * shards
     L, P = len(c.layers), len(c.positions)
-    documents = {
+    documents = ({SCALE: _group()} if layout.codec == "fp8" else {}) | {
         ROW_CRC: _group(),
         "sample": _array((N,), "string", (B,), "", ("sample",), _STRINGS, "sample key, empty in a free slot"),
         "committed": _array((N,), "bool", (B,), False, ("sample",), _BYTES, "whether the slot holds a sample"),
@@ -42,6 +44,7 @@ def arrays(layout: Layout, shards: int, token_shards: int) -> dict[str, dict[str
         documents |= {
             TOKENS: _group(part=c.tokens.part, every=c.tokens.every),
             f"{ROW_CRC}/{TOKENS}": _group(),
+            **({f"{SCALE}/{TOKENS}": _group()} if layout.codec == "fp8" else {}),
             f"{TOKENS}/sample_start": _array((N,), "int64", (B,), -1, ("sample",), _BYTES, start),
             f"{TOKENS}/sample_length": _array((N,), "int32", (B,), 0, ("sample",), _BYTES, "tokens of the sample"),
         }
@@ -72,26 +75,34 @@ def _activations(
     """A site's array and its row checksums. shard, shape : in rows, without the width."""
     names = (("layer",) if SITES[site].layered else ()) + axes
     inner = (*(1 for _ in shard[:-1]), file.rows, file.width)
-    return {
+    lossy = file.codec == "fp8"
+    documents = {
         f"{group}{site}": _array(
             (*shape, file.width),
-            file.dtype,
+            "uint8" if lossy else file.dtype,
             (*shard, file.width),
-            "NaN",
+            _FP8_NAN if lossy else "NaN",
             (*names, SITES[site].width),
-            [_sharding(inner)],
+            [_sharding(inner, file.codec)],
             SITES[site].meaning,
         ),
         f"{ROW_CRC}/{group}{site}": _array(shape, "uint32", shard, 0, names, _BYTES, "crc32c of each row's bytes"),
     }
+    if lossy:
+        # Zarr's list of data types has no float8_e4m3fn, and an e4m3 that means other numbers.
+        documents[f"{group}{site}"]["attributes"] |= {"encoding": "float8_e4m3fn", "scale": f"{SCALE}/{group}{site}"}
+        meaning = "what each row of codes is to be multiplied with"
+        documents[f"{SCALE}/{group}{site}"] = _array(shape, "float32", shard, "NaN", names, _BYTES, meaning)
+    return documents
 
 
-def _sharding(inner: tuple[int, ...]) -> dict[str, Any]:
+def _sharding(inner: tuple[int, ...], codec: str) -> dict[str, Any]:
+    zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
     return {
         "name": "sharding_indexed",
         "configuration": {
             "chunk_shape": list(inner),
-            "codecs": _BYTES,
+            "codecs": [_BYTES[0], zstd, _BYTES[1]] if codec == "zstd" else _BYTES,
             "index_codecs": _BYTES,
             "index_location": "end",
         },

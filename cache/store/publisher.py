@@ -1,22 +1,25 @@
-"""The publisher: full shards become files, and samples whose files are all durable become a commit."""
+"""The publisher: full shards become files, and samples whose files are all durable become a commit.
+
+Two threads work one behind the other: one hands a shard's bytes to the backend, which frees its buffer, and the other
+makes them durable and commits, while the next shard is filled and handed over.
+"""
 
 import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
-
-from crc32c import crc32c
 
 from hiddenlake.cache.errors import StoreError
 from hiddenlake.cache.samples import Sample
+from hiddenlake.cache.store.backend import Backend, Batch
 from hiddenlake.cache.store.claims import Claims, sample_claim, token_claim
-from hiddenlake.cache.store.commits import Commit, FileRecord, list_commits, read_commit
+from hiddenlake.cache.store.codecs import Encoding
+from hiddenlake.cache.store.commits import Commit, FileRecord, Loss, Record, list_commits, read_commit
 from hiddenlake.cache.store.derived import derived_chunks
-from hiddenlake.cache.store.files import write_atomic
-from hiddenlake.cache.store.layout import Layout, encode_numbers
+from hiddenlake.cache.store.layout import TOKENS, Layout, encode_numbers
 from hiddenlake.cache.store.shard import Shard, ShardBuffer, TokenBuffer, TokenShard
 from hiddenlake.cache.store.tables import encode_samples
 
@@ -27,7 +30,8 @@ class _Durable:
 
     fencing: int
     columns: int
-    files: dict[str, FileRecord]
+    files: dict[str, Record]
+    losses: dict[str, Loss]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,8 @@ class _Waiting:
     fencing: int
     samples: Mapping[int, Sample]
     spans: Mapping[int, tuple[int, int]]
-    files: dict[str, FileRecord]
+    files: dict[str, Record]
+    losses: dict[str, Loss]
 
 
 class Publisher:
@@ -54,9 +59,9 @@ class Publisher:
     """
 
     def __init__(
-        self, path: Path, layout: Layout, claims: Claims, provenance: dict[str, Any], lock: threading.RLock
+        self, place: Backend, layout: Layout, claims: Claims, provenance: dict[str, Any], lock: threading.RLock
     ) -> None:
-        self.path, self.layout, self.provenance = path, layout, provenance
+        self.place, self.layout, self.provenance = place, layout, provenance
         self.commits: dict[int, Commit] = {}
         self.committed: set[str] = set()
         self.token_shards: set[int] = set()
@@ -65,14 +70,16 @@ class Publisher:
         self._claims, self._lock = claims, lock
         self._durable: dict[int, _Durable] = {}
         self._waiting: list[_Waiting] = []
-        self._futures: list[Future[None]] = []
+        self._futures: list[Future[Any]] = []
+        self._last: Future[None] | None = None
         self._error: BaseException | None = None
-        self._thread = ThreadPoolExecutor(1, "hiddenlake-publisher")
+        self._writing = ThreadPoolExecutor(1, "hiddenlake-writing")
+        self._publishing = ThreadPoolExecutor(1, "hiddenlake-publishing")
 
     def refresh(self) -> None:
         """Read the commits that are new."""
-        for shard in list_commits(self.path) - self.commits.keys():
-            self._remember(read_commit(self.path, shard))
+        for shard in list_commits(self.place) - self.commits.keys():
+            self._remember(read_commit(self.place, shard))
 
     def _remember(self, commit: Commit) -> None:
         self.commits[commit.shard] = commit
@@ -85,7 +92,7 @@ class Publisher:
             self._futures.remove(future)
             self._error = self._error or future.exception()
         if self._error is not None:
-            raise StoreError(f"publishing to {self.path} failed: {self._error}") from self._error
+            raise StoreError(f"publishing to {self.place} failed: {self._error}") from self._error
 
     def pending(self) -> list[Future[None]]:
         """What is still to be written."""
@@ -93,7 +100,8 @@ class Publisher:
 
     def close(self) -> None:
         """Wait until all is written."""
-        self._thread.shutdown(wait=True)
+        self._writing.shutdown(wait=True)
+        self._publishing.shutdown(wait=True)
 
     def publish_samples(
         self,
@@ -101,49 +109,118 @@ class Publisher:
         samples: Mapping[int, Sample],
         spans: Mapping[int, tuple[int, int]],
         recycle: Callable[[ShardBuffer], None],
-    ) -> None:
+    ) -> Future[None]:
         """Write a sample shard; commit it once the tokens of its samples are durable too.
 
         samples, spans : slot -> sample, and (start, length) of its tokens where the capture holds tokens.
         recycle : called when the buffer may be filled again.
         """
 
-        def write() -> None:
-            files = self._write_samples(shard, samples)
-            with self._lock:
-                recycle(shard.buffer)
-            self._waiting.append(_Waiting(shard.number, shard.fencing, samples, spans, files))
+        layout, k = self.layout, shard.number
 
-        self._submit(write)
+        def write(batch: Batch) -> tuple[dict[str, Record], dict[str, Loss]]:
+            self._check_claim(sample_claim(k), shard.fencing)
+            for slot in set(range(layout.samples)) - samples.keys():
+                shard.buffer.empty(slot)
+            files, losses = {}, {}
+            for site, encoding in shard.buffer.seal().items():
+                names = layout.data_file(site, k), layout.row_crc_file(site, k), layout.scale_file(site, k)
+                files |= self._add(batch, *names, encoding)
+                losses |= {site: encoding.loss} if encoding.loss else {}
+            table = encode_samples(samples)
+            batch.add(layout.samples_file(k), [table])
+            return files | {layout.samples_file(k): FileRecord.of(table)}, losses
+
+        def publish(files: dict[str, Record], losses: dict[str, Loss]) -> None:
+            self._waiting.append(_Waiting(k, shard.fencing, samples, spans, files, losses))
+
+        return self._submit(write, publish, lambda: recycle(shard.buffer))
 
     def publish_tokens(
         self, shard: TokenShard, kept: list[slice], recycle: Callable[[TokenBuffer], None]
     ) -> Future[None]:
         """Write a token shard, of which some rows are kept, and commit what waited for it."""
+        layout, j, columns = self.layout, shard.number, 0
 
-        def write() -> None:
-            self._durable[shard.number] = self._write_tokens(shard, kept)
+        def write(batch: Batch) -> tuple[dict[str, Record], dict[str, Loss]]:
+            nonlocal columns
+            self._check_claim(token_claim(j), shard.fencing)
+            columns, sealed = shard.buffer.seal(kept)
+            files, losses = {}, {}
+            for site, encoding in sealed.items():
+                names = layout.token_data_file(site, j), layout.token_row_crc_file(site, j)
+                files |= self._add(batch, *names, layout.token_scale_file(site, j), encoding)
+                losses |= {site: encoding.loss} if encoding.loss else {}
+            return files, losses
+
+        def publish(files: dict[str, Record], losses: dict[str, Loss]) -> None:
+            self._durable[j] = _Durable(shard.fencing, columns, files, losses)
             with self._lock:
-                recycle(shard.buffer)
+                self.bytes_written += sum(record.size for record in files.values())
 
-        return self._submit(write)
+        return self._submit(write, publish, lambda: recycle(shard.buffer))
 
-    def _submit(self, write: Callable[[], None]) -> Future[None]:
-        def work() -> None:
+    @staticmethod
+    def _add(batch: Batch, data: str, row_crc: str, scale: str, encoding: Encoding) -> dict[str, Record]:
+        """A site's data, row checksums and scales."""
+        batch.add(data, encoding, encoding.size)
+        files = {data: encoding.record}
+        for name, values in ((row_crc, encoding.checksums), (scale, encoding.scale)):
+            if values is not None:
+                raw = encode_numbers(values)
+                batch.add(name, [raw])
+                files[name] = FileRecord.of(raw)
+        return files
+
+    def _submit(
+        self,
+        write: Callable[[Batch], tuple[dict[str, Record], dict[str, Loss]]],
+        publish: Callable[[dict[str, Record], dict[str, Loss]], None],
+        recycle: Callable[[], None],
+    ) -> Future[None]:
+        """Returns the future of what frees the buffer; that of the rest is among `pending` too."""
+
+        def writing() -> tuple[Batch, dict[str, Record], dict[str, Loss]] | None:
+            if behind is not None:
+                wait([behind])  # else a disk that is slower than the memory would have ever more to make durable
             if self._error is not None:
+                return None
+            batch = self.place.batch()
+            with self._noting_errors(batch):
+                found = write(batch)
+            with self._lock:
+                recycle()
+            return batch, *found
+
+        def publishing() -> None:
+            if written.exception() is not None or (found := written.result()) is None:
                 return
-            try:
-                write()
+            batch, files, losses = found
+            with self._noting_errors(batch):
+                if self._error is not None:
+                    batch.discard()
+                    return
+                batch.publish()
+                publish(files, losses)
                 for waiting in [waiting for waiting in self._waiting if self._needed(waiting) <= self._durable.keys()]:
                     self._waiting.remove(waiting)
                     self._commit(waiting)
-            except BaseException as error:
-                # Known here at once, so that a shard that waits behind this one is not written.
-                self._error = error
-                raise
 
-        self._futures.append(self._thread.submit(work))
-        return self._futures[-1]
+        behind = self._last
+        written = self._writing.submit(writing)
+        self._last = self._publishing.submit(publishing)
+        self._futures += [written, self._last]
+        return written
+
+    @contextmanager
+    def _noting_errors(self, batch: Batch) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            # Known here at once, so that a shard that waits behind this one is not written.
+            self._error = self._error or error
+            batch.discard()
+            raise
 
     def _needed(self, waiting: _Waiting) -> set[int]:
         return {shard for span in waiting.spans.values() for shard in self.layout.token_shards_of(*span)}
@@ -151,41 +228,8 @@ class Publisher:
     def _check_claim(self, claim: str, fencing: int) -> None:
         if self._claims.read(claim) != (self._claims.writer, fencing):
             raise StoreError(
-                f"{self.path}: {claim} is no longer ours: these samples were not stored; run the same command again"
+                f"{self.place}: {claim} is no longer ours: these samples were not stored; run the same command again"
             )
-
-    def _write_samples(self, shard: Shard, samples: Mapping[int, Sample]) -> dict[str, FileRecord]:
-        """Data, row checksums, samples."""
-        layout, k, buffer = self.layout, shard.number, shard.buffer
-        self._check_claim(sample_claim(k), shard.fencing)
-        for slot in set(range(layout.samples)) - samples.keys():
-            buffer.clear(slot)
-        files = {}
-        for site, whole in buffer.seal().items():
-            files |= self._write_data(layout.data_file(site, k), [buffer.images[site]], whole)
-            files |= self._write(layout.row_crc_file(site, k), encode_numbers(buffer.checksums[site]))
-        return files | self._write(layout.samples_file(k), encode_samples(samples))
-
-    def _write_tokens(self, shard: TokenShard, kept: list[slice]) -> _Durable:
-        """Data and row checksums."""
-        layout, j, buffer = self.layout, shard.number, shard.buffer
-        self._check_claim(token_claim(j), shard.fencing)
-        files = {}
-        columns, sealed = buffer.seal(kept)
-        for site, (parts, whole) in sealed.items():
-            files |= self._write_data(layout.token_data_file(site, j), parts, whole)
-            files |= self._write(layout.token_row_crc_file(site, j), encode_numbers(buffer.checksums[site]))
-        with self._lock:
-            self.bytes_written += sum(record.size for record in files.values())
-        return _Durable(shard.fencing, columns, files)
-
-    def _write(self, name: str, data: bytes) -> dict[str, FileRecord]:
-        write_atomic(self.path / name, data)
-        return {name: FileRecord(len(data), crc32c(data))}
-
-    def _write_data(self, name: str, parts: list[Any], whole: int) -> dict[str, FileRecord]:
-        write_atomic(self.path / name, *parts, preallocate=True)
-        return {name: FileRecord(sum(memoryview(part).nbytes for part in parts), whole)}
 
     def _commit(self, waiting: _Waiting) -> None:
         """The commit, then what is derived from it."""
@@ -205,12 +249,24 @@ class Publisher:
             datetime.now(UTC).isoformat(timespec="seconds"),
             tuple(waiting.spans.get(slot) for slot in every) if self.layout.token_files else (),
             {shard: durable.columns for shard, durable in needed.items()},
+            waiting.losses | {f"{TOKENS}/{site}": loss for site, loss in self._token_losses(needed.values()).items()},
         )
-        commit.publish(self.path)
+        self._claims.check()
+        commit.publish(self.place)
         with self._lock:
             self._remember(commit)
             self.published += len(samples)
             self.bytes_written += sum(record.size for record in waiting.files.values())
         cells = {slot: (sample.token_index, sample.prompt_length) for slot, sample in samples.items()}
         for name, data in derived_chunks(self.layout, commit, cells).items():
-            write_atomic(self.path / name, data)
+            # Rebuilt from the commits where a power cut takes it away.
+            self.place.write(name, data, durable=False)
+
+    @staticmethod
+    def _token_losses(shards: Iterable[_Durable]) -> dict[str, Loss]:
+        """Over whole token shards, which commits share."""
+        found: dict[str, Loss] = {}
+        for durable in shards:
+            for site, loss in durable.losses.items():
+                found[site] = found[site] + loss if site in found else loss
+        return found

@@ -1,292 +1,339 @@
-"""Positioned, checked reads of byte ranges of shard files, in parallel over files."""
+"""Reading parts of committed files: whole chunks or single rows, checked, decoded, in parallel.
+
+Chunks that lie in memory are copied by as many threads as there are cores; those that do not are asked for all at once
+and read by more threads, so that a cold disk, or an object store, works on all of them together. Single rows are
+gathered from mapped memory: a system call for each would take ten times as long as the copy.
+"""
 
 import math
 import os
-import threading
-from collections import OrderedDict
+import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from crc32c import crc32c
 
 from hiddenlake.cache.errors import CorruptError
-from hiddenlake.cache.store.commits import Commit, FileRecord, read_checked, remedy
+from hiddenlake.cache.store.checksums import row_checksums
+from hiddenlake.cache.store.codecs import decompress, values
+from hiddenlake.cache.store.opened import OpenFile
 from hiddenlake.cache.store.shard_file import ShardFile
 
-# Several reads in flight hide a cold disk's latency, also on few cores.
-_THREADS = min(16, 4 + (os.cpu_count() or 1))
+# Below this, waking a thread takes as long as it saves.
+_THREADS_FROM_BYTES = 1 << 20
 
-# Below this, handing work to threads takes longer than the work: a warm cell of 1,000 samples is 1 to 10 MB.
-_THREADS_FROM_BYTES = 16 << 20
+# A row that takes longer than this came from a disk.
+_COLD_SECONDS = 20e-6
 
-# Shards whose files are open at once: far below the usual limit of 1,024 descriptors.
-_OPEN_FILES = 128
-
-# Row checksums and indexes that stay in memory: a third of a percent of the activations they stand for.
-_CACHE_BYTES = 64 << 20
+# Rows that are gathered before it is asked how long that took.
+_PROBE_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """Some rows of some chunks of one file, and where they go.
 
-    cells : (place in the result, chunk number); the rows of a place have their own axis, the one before the last.
-    slots : (n,) rows of each of the chunks.  into : (n,) their places along that axis.
+    places : (cell,) of the chunks in the file.  cells : (cell,) where each goes along the result's first axis.
+    slots : (n,) rows of each of the chunks.  into : (n,) their places along the result's second axis.
     """
 
-    cells: list[tuple[tuple[int, ...], int]]
+    places: np.ndarray
+    cells: np.ndarray
     slots: np.ndarray
     into: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
-class FileRead:
-    """What one read wants of one shard file.
+class _Chunk:
+    """A chunk that is read as a whole."""
 
-    path : the capture.  name, row_crc : the file and its row checksums, inside the capture.
-    shape : where its bytes lie.
-    commits : who vouches for it, at least one.
+    file: OpenFile
+    part: Part
+    place: int
+    cell: int
+    straight: bool
+
+
+def read_parts(reads: Sequence[tuple[OpenFile, Sequence[Part]]], out: np.ndarray, wanted: str, check: bool) -> None:
+    """Fill out from several files. Raises CorruptError.
+
+    out : (cell, row, width) of `result_dtype`, rows contiguous.  wanted : `stored` or `float32`.
     """
-
-    path: Path
-    name: str
-    row_crc: str
-    shape: ShardFile
-    commits: tuple[Commit, ...]
-    parts: list[Part]
-
-    @property
-    def file(self) -> Path:
-        return self.path / self.name
-
-    def record(self, name: str) -> FileRecord:
-        return self.commits[0].files[name]
-
-    @property
-    def shards(self) -> list[int]:
-        return [commit.shard for commit in self.commits]
-
-
-def read_files(reads: Sequence[FileRead], out: np.ndarray, check: bool) -> None:
-    """Fill out (..., row, width), bits, from several files. Raises CorruptError."""
     if not out.size:
         return
-    for start in range(0, len(reads), _OPEN_FILES):
-        with ExitStack() as stack:
-            plans = [_plan(read, check, stack) for read in reads[start : start + _OPEN_FILES]]
-            if len(plans) == 1 or out.nbytes < _THREADS_FROM_BYTES:
-                for plan in plans:
-                    plan.fill(out)
-            else:
-                for _ in _pool(os.getpid()).map(lambda plan: plan.fill(out), plans):
-                    pass
+    chunks: list[_Chunk] = []
+    for file, parts in reads:
+        whole = _whole(file, parts, check)
+        for part in parts:
+            if not whole:
+                _read_rows(file, part, out, wanted, check)
+                continue
+            straight = _straight(file.committed.shape, part, wanted)
+            chunks += [
+                _Chunk(file, part, place, cell, straight)
+                for place, cell in zip(part.places.tolist(), part.cells.tolist(), strict=True)
+            ]
+    if chunks:
+        _read_chunks(chunks, out, wanted, check)
+
+
+def _whole(file: OpenFile, parts: Sequence[Part], check: bool) -> bool:
+    """Whether to read chunks as wholes: where rows cannot be read alone, or that takes no more bytes."""
+    shape = file.committed.shape
+    if not shape.fixed:
+        return True
+    rows = sum(len(part.places) * len(part.slots) for part in parts) * shape.row_bytes
+    if check and not file.has_row_checksums:
+        rows += file.committed.commits[0].files[file.committed.row_crc].size
+    return rows >= sum(len(part.places) for part in parts) * shape.chunk_bytes
+
+
+def _straight(shape: ShardFile, part: Part, wanted: str) -> bool:
+    """Whether a chunk's bytes are those of the result, in its order."""
+    as_is = shape.codec == "none" and (wanted == "stored" or shape.dtype == "float32")
+    slots, into = part.slots, part.into
+    return (
+        as_is
+        and len(slots) == shape.rows
+        and bool((slots == np.arange(shape.rows)).all() and (into == np.arange(into[0], into[0] + len(into))).all())
+    )
+
+
+def _read_chunks(chunks: list[_Chunk], out: np.ndarray, wanted: str, check: bool) -> None:
+    """Those in memory first; then the others, all asked for before the first is read."""
+    waiting, cold = deque(chunks), deque()
+    size = sum(int(chunk.file.lengths[chunk.place]) for chunk in chunks)
+
+    def read_cached() -> None:
+        scratch = _Scratch()
+        while waiting:
+            try:
+                chunk = waiting.popleft()
+            except IndexError:
+                return
+            if not _read_chunk(chunk, out, wanted, check, scratch, wait=False):
+                cold.append(chunk)
+
+    def read_cold() -> None:
+        scratch = _Scratch()
+        while cold:
+            try:
+                chunk = cold.popleft()
+            except IndexError:
+                return
+            _read_chunk(chunk, out, wanted, check, scratch, wait=True)
+
+    threads = min(len(chunks), os.cpu_count() or 1) if size >= _THREADS_FROM_BYTES else 1
+    _together(read_cached, threads)
+    if cold:
+        order = sorted(cold, key=lambda chunk: (id(chunk.file), chunk.place))
+        for chunk in order:
+            chunk.file.file.will_need(int(chunk.file.offsets[chunk.place]), int(chunk.file.lengths[chunk.place]))
+        cold = deque(order)
+        _together(read_cold, min(len(cold), chunks[0].file.committed.place.parallel))
+
+
+def _together(work, threads: int) -> None:
+    """Run it in several threads, this one among them."""
+    others = [_pool(os.getpid()).submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:
+        errors = [other.exception() for other in others]
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 @lru_cache(1)
 def _pool(pid: int) -> ThreadPoolExecutor:
     """One pool a process: a forked child has none of its parent's threads."""
-    return ThreadPoolExecutor(_THREADS, "hiddenlake-read")
+    return ThreadPoolExecutor(64, "hiddenlake-read")
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """One file's part of a read: an open file, whose ranges the kernel was told to fetch.
+class _Scratch:
+    """Memory of one thread for chunks that do not go straight into the result."""
 
-    whole : whether to read whole chunks, or single rows.
-    """
+    def __init__(self) -> None:
+        self._memory: dict[str, np.ndarray] = {}
 
-    read: FileRead
-    descriptor: int
-    whole: bool
-    check: bool
+    def take(self, kind: str, size: int) -> np.ndarray:
+        """(size,) uint8."""
+        if kind not in self._memory or self._memory[kind].nbytes < size:
+            self._memory[kind] = np.empty(size, np.uint8)
+        return self._memory[kind][:size]
 
-    def fill(self, out: np.ndarray) -> None:
-        scratch = np.empty((self.read.shape.rows, self.read.shape.width), self.read.shape.bits)
-        for part in self.read.parts:
-            if self.whole:
-                self._fill_from_chunks(out, part, scratch)
-            else:
-                self._fill_from_rows(out, part)
 
-    def _fill_from_chunks(self, out: np.ndarray, part: Part, scratch: np.ndarray) -> None:
-        """Whole chunks, checked by their own crc32c."""
-        shape, read = self.read.shape, self.read
-        # A chunk that lands in the result as it is, is read straight into it.
-        straight = len(part.slots) == shape.rows and bool(
-            (part.slots == np.arange(shape.rows)).all() and (np.diff(part.into) == 1).all()
+def _read_chunk(chunk: _Chunk, out: np.ndarray, wanted: str, check: bool, scratch: _Scratch, wait: bool) -> bool:
+    """Read, check, decode and place one chunk. Returns False where it would have had to be waited for."""
+    file, part, shape = chunk.file, chunk.part, chunk.file.committed.shape
+    offset, length = int(file.offsets[chunk.place]), int(file.lengths[chunk.place])
+    if chunk.straight:
+        first = int(part.into[0])
+        data = out[chunk.cell, first : first + shape.rows].reshape(-1).view(np.uint8)
+    else:
+        data = scratch.take("data", length)
+    if wait:
+        read_range(file, offset, data)
+    elif not _read_cached(file, offset, data):
+        return False
+    if check and (found := crc32c(data)) != (expected := int(file.crcs[chunk.place])):
+        raise CorruptError(
+            f"{file.committed}: the chunk at byte {offset} ({length} bytes) has crc32c {found:#010x}, but "
+            f"{expected:#010x} was committed: {file.committed.remedy}"
         )
-        checksum = np.empty(4, np.uint8)
-        for place, chunk in part.cells:
-            target = out[place][part.into[0] : part.into[0] + shape.rows] if straight else scratch
-            data = target.reshape(-1).view(np.uint8)
-            offset = shape.offset(chunk)
-            _preadv(read, self.descriptor, [data, checksum], offset)
-            found, stored = crc32c(data), int.from_bytes(checksum.tobytes(), "little")
-            if found != stored:
-                raise CorruptError(
-                    f"{read.file}: the chunk at byte {offset} ({shape.chunk_bytes} bytes) has crc32c {found:#010x}, "
-                    f"but {stored:#010x} was stored: {_remedy(read)}"
-                )
-            if not straight:
-                out[place][part.into] = scratch[part.slots]
-
-    def _fill_from_rows(self, out: np.ndarray, part: Part) -> None:
-        """Single rows, checked by row_crc; runs of neighbours are read at once."""
-        shape, read = self.read.shape, self.read
-        distinct, back = np.unique(part.slots, return_inverse=True)
-        starts = np.flatnonzero(np.diff(distinct, prepend=-2) != 1)
-        runs = list(zip(starts.tolist(), [*starts[1:].tolist(), len(distinct)], distinct[starts].tolist(), strict=True))
-        checksums = _row_checksums(read) if self.check else None
-        scratch = np.empty((len(distinct), shape.width), shape.bits)
-        for place, chunk in part.cells:
-            offset = shape.offset(chunk)
-            for start, stop, slot in runs:
-                data = scratch[start:stop].reshape(-1).view(np.uint8)
-                _preadv(read, self.descriptor, [data], offset + slot * shape.row_bytes)
-            if checksums is not None:
-                found = np.fromiter(map(crc32c, scratch), np.uint32, len(distinct))
-                wrong = np.flatnonzero(found != checksums[chunk, distinct])
-                if len(wrong):
-                    slot = int(distinct[wrong[0]])
-                    raise CorruptError(
-                        f"{read.file}: the row at byte {offset + slot * shape.row_bytes} "
-                        f"({shape.row_bytes} bytes) has crc32c {int(found[wrong[0]]):#010x}, but "
-                        f"{int(checksums[chunk, slot]):#010x} was stored: {_remedy(read)}"
-                    )
-            out[place][part.into] = scratch[back]
+    if chunk.straight:
+        return True
+    rows = data
+    if not shape.fixed:
+        rows = scratch.take("rows", shape.chunk_bytes)
+        try:
+            decompress(data, rows)
+        except ValueError as error:
+            raise CorruptError(
+                f"{file.committed}: the chunk at byte {offset} cannot be decompressed ({error}): {file.committed.remedy}"
+            ) from error
+    rows = rows.view(shape.stored).reshape(shape.rows, shape.width)
+    scale = None if file.scale is None else file.scale[chunk.place]
+    _place(rows, scale, part, shape, wanted, out[chunk.cell])
+    return True
 
 
-def _plan(read: FileRead, check: bool, stack: ExitStack) -> _Plan:
-    """Open a file, check what is checked once, choose between rows and chunks, start the read-ahead."""
-    shape = read.shape
-    descriptor = _open(read)
-    stack.callback(os.close, descriptor)
+def _place(
+    rows: np.ndarray, scale: np.ndarray | None, part: Part, shape: ShardFile, wanted: str, out: np.ndarray
+) -> None:
+    """Decode the wanted rows of a chunk into their places. rows : (row, width) as stored.  out : (row, width)."""
+    slots, into = part.slots, part.into
+    if shape.codec == "none" and (wanted == "stored" or shape.dtype == "float32"):
+        out.view(shape.stored)[into] = rows[slots]
+        return
+    decoded = np.empty((len(slots), shape.width), out.dtype)
+    values(rows[slots], None if scale is None else scale[slots], shape, wanted, decoded)
+    out[into] = decoded
+
+
+def read_range(file: OpenFile, offset: int, out: np.ndarray) -> None:
+    """Bytes of a file, waited for. Raises CorruptError."""
+    try:
+        file.file.read(offset, out)
+    except (OSError, EOFError) as error:
+        raise _unreadable(file, offset, error) from error
+
+
+def _read_cached(file: OpenFile, offset: int, out: np.ndarray) -> bool:
+    try:
+        return file.file.read_cached(offset, out)
+    except OSError as error:
+        raise _unreadable(file, offset, error) from error
+
+
+def _unreadable(file: OpenFile, offset: int, error: Exception) -> CorruptError:
+    what = getattr(error, "strerror", None) or str(error)
+    return CorruptError(f"{file.committed}: {what} at byte {offset}: check the disk (dmesg); {file.committed.remedy}")
+
+
+def _read_rows(file: OpenFile, part: Part, out: np.ndarray, wanted: str, check: bool) -> None:
+    """Single rows, checked by their own checksums."""
+    shape = file.committed.shape
+    rows = _gather(file, part)
     if check:
-        _check_index(read, descriptor)
-    rows = sum(len(part.cells) * len(np.unique(part.slots)) for part in read.parts)
-    chunks = sum(len(part.cells) for part in read.parts)
-    checksums_bytes = 0 if _cached(read) else read.record(read.row_crc).size
-    whole = check and rows * shape.row_bytes + checksums_bytes >= chunks * shape.chunk_bytes
-    for part in read.parts:
-        first, last = (0, shape.rows - 1) if whole else (int(part.slots.min()), int(part.slots.max()))
-        numbers = sorted({chunk for _, chunk in part.cells})
-        _will_need(descriptor, shape, numbers, first * shape.row_bytes, (last + 1) * shape.row_bytes + 4)
-    return _Plan(read, descriptor, whole, check)
-
-
-def _open(read: FileRead) -> int:
-    size = read.record(read.name).size
-    try:
-        descriptor = os.open(read.file, os.O_RDONLY)
-    except OSError as error:
-        raise CorruptError(
-            f"{read.file}: {error.strerror}, but shard {read.shards[0]} was committed with it ({size} bytes): "
-            f"{_remedy(read)}"
-        ) from error
-    found = os.fstat(descriptor).st_size
-    if found != size or found != read.shape.size:
-        os.close(descriptor)
-        raise CorruptError(
-            f"{read.file}: {found} bytes, but {size} were committed (it ends at byte {found}): {_remedy(read)}"
-        )
-    return descriptor
-
-
-def _preadv(read: FileRead, descriptor: int, buffers: list[np.ndarray], offset: int) -> None:
-    wanted = sum(buffer.nbytes for buffer in buffers)
-    try:
-        got = os.preadv(descriptor, buffers, offset)
-        while 0 < got < wanted:
-            # A signal, or a range above the kernel's 2 GiB, ends a read early.
-            rest, skip = [], got
-            for buffer in buffers:
-                rest.append(buffer[min(skip, buffer.nbytes) :])
-                skip -= min(skip, buffer.nbytes)
-            more = os.preadv(descriptor, rest, offset + got)
-            if more == 0:
-                break
-            got += more
-    except OSError as error:
-        raise CorruptError(
-            f"{read.file}: {error.strerror} at byte {offset}: check the disk (dmesg); {_remedy(read)}"
-        ) from error
-    if got < wanted:
-        raise CorruptError(
-            f"{read.file}: it ends at byte {offset + got}, but {wanted} bytes from {offset} were committed: "
-            f"{_remedy(read)}"
-        )
-
-
-def _will_need(descriptor: int, shape: ShardFile, chunks: list[int], start: int, stop: int) -> None:
-    """Tell the kernel what will be read, so that a cold disk works on all ranges of all shards together.
-
-    start, stop : the wanted bytes inside each of the chunks.
-    """
-    if not hasattr(os, "posix_fadvise"):
+        expected = file.row_checksums[part.places[:, None], part.slots]
+        found = np.array(row_checksums(rows), np.uint32).reshape(expected.shape)
+        wrong = np.argwhere(found != expected)
+        if len(wrong):
+            cell, row = wrong[0].tolist()
+            offset = int(file.offsets[part.places[cell]]) + int(part.slots[row]) * shape.row_bytes
+            raise CorruptError(
+                f"{file.committed}: the row at byte {offset} ({shape.row_bytes} bytes) has crc32c "
+                f"{int(found[cell, row]):#010x}, but {int(expected[cell, row]):#010x} was stored: {file.committed.remedy}"
+            )
+    cells = np.ix_(part.cells, part.into)
+    scale = None if file.scale is None else file.scale[part.places[:, None], part.slots]
+    if shape.codec == "none" and (wanted == "stored" or shape.dtype == "float32"):
+        out.view(shape.stored)[cells] = rows
         return
-    length = shape.offset(chunks[-1]) - shape.offset(chunks[0]) + stop - start
-    if length <= len(chunks) * shape.pitch and stop - start > shape.pitch // 2:
-        os.posix_fadvise(descriptor, shape.offset(chunks[0]) + start, length, os.POSIX_FADV_WILLNEED)
-        return
-    for chunk in chunks:
-        os.posix_fadvise(descriptor, shape.offset(chunk) + start, stop - start, os.POSIX_FADV_WILLNEED)
+    decoded = np.empty(rows.shape, out.dtype)
+    values(rows, scale, shape, wanted, decoded)
+    out[cells] = decoded
 
 
-_cache: OrderedDict[tuple, np.ndarray] = OrderedDict()
-_cache_lock = threading.Lock()
+def _gather(file: OpenFile, part: Part) -> np.ndarray:
+    """(cell, n, width) as stored."""
+    if file.rows is None:
+        return _fetch(file, part)
+    places, slots = part.places[:, None], part.slots
+    first = max(1, _PROBE_ROWS // len(slots))
+    if len(places) <= first:
+        return file.rows[places, slots]
+    # Where the first rows come from a disk, it is told of the others before they are waited for one by one.
+    start = time.perf_counter()
+    head = file.rows[places[:first], slots]
+    if time.perf_counter() - start < _COLD_SECONDS * head[..., 0].size:
+        rows = np.empty((len(places), len(slots), file.rows.shape[-1]), file.rows.dtype)
+        rows[:first] = head
+        rows[first:] = file.rows[places[first:], slots]
+        return rows
+    for offset, length in _ranges(file, part):
+        file.file.will_need(offset, length)
+    return file.rows[places, slots]
 
 
-def _cache_key(read: FileRead, kind: str) -> tuple:
-    """A shard that is captured again has another commit, so the file's checksum there tells the two apart."""
-    commit = read.commits[0]
-    return str(read.path), read.name, commit.writer, commit.fencing, commit.files[read.name].crc32c, kind
+def _ranges(file: OpenFile, part: Part) -> list[tuple[int, int]]:
+    """(offset, bytes) of the wanted rows, neighbours together."""
+    size = file.committed.shape.row_bytes
+    distinct = np.unique(part.slots)
+    starts = np.flatnonzero(np.diff(distinct, prepend=-2) != 1)
+    counts = np.diff([*starts, len(distinct)])
+    runs = list(zip(distinct[starts].tolist(), counts.tolist(), strict=True))
+    offsets = file.offsets[part.places].tolist()
+    return [(offset + slot * size, count * size) for offset in offsets for slot, count in runs]
 
 
-def _cached(read: FileRead) -> bool:
-    return _cache_key(read, "rows") in _cache
+def _fetch(file: OpenFile, part: Part) -> np.ndarray:
+    """The same as `_gather`, by positioned reads in parallel: where files cannot be mapped."""
+    shape = file.committed.shape
+    distinct, back = np.unique(part.slots, return_inverse=True)
+    rows = np.empty((len(part.places), len(distinct), shape.width), shape.stored)
+    data = rows.reshape(-1).view(np.uint8)
+    ranges = _ranges(file, part)
+    ends = np.cumsum([length for _, length in ranges]).tolist()
+    waiting = deque(zip(ranges, ends, strict=True))
+
+    def read() -> None:
+        while waiting:
+            try:
+                (offset, length), end = waiting.popleft()
+            except IndexError:
+                return
+            read_range(file, offset, data[end - length : end])
+
+    _together(read, min(len(ranges), file.committed.place.parallel))
+    return rows[:, back]
 
 
-def _remember(key: tuple, value: np.ndarray) -> None:
-    with _cache_lock:
-        _cache[key] = value
-        while sum(entry.nbytes for entry in _cache.values()) > _CACHE_BYTES and len(_cache) > 1:
-            _cache.popitem(last=False)
-
-
-def _row_checksums(read: FileRead) -> np.ndarray:
-    """crc32c of each row, (chunk, row) uint32, itself checked."""
-    key = _cache_key(read, "rows")
-    found = _cache.get(key)
-    if found is None:
-        raw = read_checked(read.path, read.row_crc, read.record(read.row_crc), read.shards)
-        chunks = math.prod(read.shape.outer)
-        found = np.frombuffer(raw, "<u4", chunks * read.shape.rows).reshape(chunks, read.shape.rows)
-        _remember(key, found)
-    return found
-
-
-def _check_index(read: FileRead, descriptor: int) -> None:
-    """The shard's index says where its layout puts the chunks. Checked once a shard."""
-    key = _cache_key(read, "index")
-    if key in _cache:
-        return
-    shape = read.shape
-    found = np.empty(len(shape.index), np.uint8)
-    _preadv(read, descriptor, [found], shape.index_offset)
-    wrong = np.flatnonzero(found != np.frombuffer(shape.index, np.uint8))
+def check_index(file: OpenFile) -> None:
+    """The shard index, by which other readers find chunks, says what the commit means. Raises CorruptError."""
+    shape = file.committed.shape
+    expected = np.frombuffer(shape.index(file.lengths), np.uint8)
+    found = np.empty(len(expected), np.uint8)
+    offset = file.file.size - len(expected)
+    read_range(file, offset, found)
+    wrong = np.flatnonzero(found != expected)
     if len(wrong):
+        at = int(wrong[0])
         raise CorruptError(
-            f"{read.file}: the shard index at byte {shape.index_offset} differs from the layout's at byte "
-            f"{shape.index_offset + int(wrong[0])} ({found[wrong[0]]:#04x}, expected {shape.index[wrong[0]]:#04x}): "
-            f"{_remedy(read)}"
+            f"{file.committed}: the shard index at byte {offset} differs from the layout's at byte {offset + at} "
+            f"({found[at]:#04x}, expected {expected[at]:#04x}): {file.committed.remedy}"
         )
-    _remember(key, np.empty(1, np.uint8))
 
 
-def _remedy(read: FileRead) -> str:
-    return remedy(read.path, read.shards)
+def cells_of(outer: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """(cell,) numbers of chunks, of every combination of indices along the axes before the rows, in C order."""
+    numbers = np.zeros(1, np.int64)
+    for axis, size in zip(outer, shape, strict=True):
+        numbers = (numbers[:, None] * size + axis).ravel()
+    return numbers if math.prod(shape) else numbers[:0]

@@ -1,16 +1,18 @@
 """Reading a capture: checked byte ranges of committed shards, and nothing that was not committed."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hiddenlake.cache.errors import CorruptError, StoreError, UnknownNameError
+from hiddenlake.cache.errors import CorruptError, UnknownNameError
 from hiddenlake.cache.sites import SITES
+from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.commits import Commit, list_commits, read_commit
 from hiddenlake.cache.store.coverage import EMBED, Coverage
+from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.root import read_root
 from hiddenlake.cache.store.snapshot import Dtype, Snapshot, samples_of
 from hiddenlake.cache.store.tables import decode, failure_schema
@@ -45,10 +47,15 @@ class Capture:
     May be used from several threads. Importing this needs neither torch nor zarr.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.snapshot = Snapshot(path, read_root(path), {})
+    def __init__(self, place: Backend) -> None:
+        self.place = place
+        self.snapshot = Snapshot(place, _generation(place), read_root(place), {})
         self.refresh()
+
+    @property
+    def path(self) -> str:
+        """The folder or the URL."""
+        return str(self.place)
 
     def __repr__(self) -> str:
         c = self.coverage
@@ -63,11 +70,12 @@ class Capture:
 
     def refresh(self) -> None:
         """Show what was committed since."""
+        self.snapshot.check_there()
         known = self.snapshot.commits
-        numbers = list_commits(self.path)
-        commits = {k: known[k] if k in known else read_commit(self.path, k) for k in sorted(numbers)}
+        numbers = list_commits(self.place)
+        commits = {k: known[k] if k in known else read_commit(self.place, k) for k in sorted(numbers)}
         # The fields are replaced together, so that a thread that reads meanwhile sees one moment.
-        self.snapshot = Snapshot(self.path, self.snapshot.root, commits)
+        self.snapshot = replace(self.snapshot, commits=commits)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -118,8 +126,8 @@ class Capture:
         import pyarrow as pa
 
         latest: dict[str, dict[str, Any]] = {}
-        for file in sorted((self.path / "failures").glob("[!.]*.parquet")):
-            for row in decode(_read(file), file).to_pylist():
+        for table in self._tables("failures").values():
+            for row in table.to_pylist():
                 if row["key"] not in latest or row["time"] > latest[row["key"]]["time"]:
                     latest[row["key"]] = row
         committed = self.snapshot.row_of
@@ -128,12 +136,26 @@ class Capture:
 
     def labels(self) -> dict[str, "pyarrow.Table"]:
         """Tables of labels that were added later, by name: a column `key`, and values."""
-        found = {}
-        for file in sorted((self.path / "labels").glob("[!.]*.parquet")):
-            table = decode(_read(file), file)
+        found = self._tables("labels")
+        for name, table in found.items():
             if "key" not in table.column_names:
-                raise CorruptError(f"{file}: columns {table.column_names}, but labels need `key`: write the file again")
-            found[file.stem] = table
+                raise CorruptError(
+                    f"{self.path}/labels/{name}.parquet: columns {table.column_names}, but labels need `key`: write "
+                    f"the file again"
+                )
+        return found
+
+    def _tables(self, folder: str) -> dict[str, "pyarrow.Table"]:
+        """The Parquet files of a folder, by name."""
+        found = {}
+        for name in sorted(self.place.list_files(folder)):
+            if name.endswith(".parquet") and not name.startswith("."):
+                file = f"{folder}/{name}"
+                try:
+                    raw = self.place.read(file)
+                except OSError as error:
+                    raise trouble(f"{self.path}/{file}", error) from error
+                found[name.removesuffix(".parquet")] = decode(raw, f"{self.path}/{file}")
         return found
 
     def read(
@@ -144,6 +166,7 @@ class Capture:
         samples: str | int | Iterable[str | int] | None = None,
         dtype: Dtype = "stored",
         check: bool = True,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Activations, checked against their checksums.
 
@@ -151,8 +174,9 @@ class Capture:
         layer : block index, or several, or None for all.
         position : name, or several, or None for all.
         samples : key, or row in task order, or several of either, or None for all.
-        dtype : `stored` for what is on disk (ml_dtypes.bfloat16 or float32), `float32` for it widened exactly.
+        dtype : `stored` for the capture's own (ml_dtypes.bfloat16, float16 or float32), `float32` for it widened exactly.
         check : False skips the checksums, for measurements only.
+        out : memory for the result, of its dtype and its whole shape, C-contiguous; it is filled and returned.
 
         Returns (layer, position, sample, width), (position, sample, width) for a site without layers; a single layer,
         position or sample loses its axis. A cell whose token is absent is NaN.
@@ -168,8 +192,12 @@ class Capture:
         hint = f"; it holds the tokens {c.tokens} too, which `read_tokens` reads" if c.tokens else ""
         positions, one_position = _select("position", position, c.positions, self.path, hint)
         rows, one_sample = self._rows(snapshot, samples)
-        block = snapshot.read_cells(site, [*layers, positions], rows, dtype, check)
-        return block[tuple(0 if one else slice(None) for one in (*one_layer, one_position, one_sample))]
+        gone = (*one_layer, one_position, one_sample)
+        if out is not None:
+            whole = [len(axis) for axis in (*layers, positions, rows)]
+            out = _unsqueeze(out, [size for size, one in zip(whole, gone, strict=True) if not one], whole)
+        block = snapshot.read_cells(site, [*layers, positions], rows, dtype, check, out)
+        return block[tuple(0 if one else slice(None) for one in gone)]
 
     def read_tokens(
         self,
@@ -186,7 +214,7 @@ class Capture:
         layer : block index, or several, or None for all.
         samples : key, or row in task order, or several of either, or None for all.
         tokens : of each sample's stored tokens, e.g. slice(-5, None) for the last five; None for all.
-        dtype : `stored` for what is on disk (ml_dtypes.bfloat16 or float32), `float32` for it widened exactly.
+        dtype : `stored` for the capture's own (ml_dtypes.bfloat16, float16 or float32), `float32` for it widened exactly.
         check : False skips the checksums, for measurements only.
 
         Returns TokenRows, whose values are (layer, token, width). A single layer loses its axis.
@@ -250,23 +278,32 @@ class Capture:
         return view.token_dataset(self, dtype) if tokens else view.dataset(self, dtype)
 
 
-def open_capture(path: str | Path) -> Capture:
+def open_capture(path: str | Path | Backend) -> Capture:
     """Open a capture for reading.
+
+    path : a folder, or `s3://bucket/lake/name`.
 
     Raises StoreError where there is none or one of an unknown version, CorruptError where its metadata
     or a commit is damaged.
     """
-    return Capture(Path(path))
+    return Capture(open_backend(path))
 
 
-def _read(file: Path) -> bytes:
+def _generation(place: Backend) -> Hashable:
     try:
-        return file.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{file}: {error.strerror}: the file cannot be read") from error
+        return place.generation()
+    except OSError:
+        return None  # reading the root says what is wrong
 
 
-def _select(axis: str, wanted: Any, names: tuple[Any, ...], path: Path, hint: str = "") -> tuple[list[int], bool]:
+def _unsqueeze(out: np.ndarray, shape: list[int], whole: list[int]) -> np.ndarray:
+    """A caller's memory, with the axes that the result loses. shape, whole : without the width."""
+    if list(out.shape[:-1]) != shape or not out.flags.c_contiguous:
+        raise ValueError(f"out has shape {out.shape}: expected {(*shape, '...')}, C-contiguous")
+    return out.reshape(*whole, out.shape[-1])
+
+
+def _select(axis: str, wanted: Any, names: tuple[Any, ...], path: str, hint: str = "") -> tuple[list[int], bool]:
     """(indices along an axis, whether the axis goes)."""
     known = {name: i for i, name in enumerate(names)}
     if wanted is None:

@@ -2,19 +2,21 @@
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hiddenlake.cache.errors import CorruptError, IdentityError, StoreError
 from hiddenlake.cache.store import metadata
+from hiddenlake.cache.store.backend import Backend
 from hiddenlake.cache.store.coverage import EMBED, Coverage
-from hiddenlake.cache.store.files import write_atomic
-from hiddenlake.cache.store.layout import TOKENS, Layout, check_signed, sign, to_json_bytes
+from hiddenlake.cache.store.files import trouble
+from hiddenlake.cache.store.layout import TOKENS, Layout
+from hiddenlake.cache.store.signing import check_signed, sign, to_json_bytes
 
 FILE = "zarr.json"
 
-# A reader that knows of no tokens could not tell which of them were committed.
-FORMAT_VERSION, FORMAT_VERSION_WITH_TOKENS = 1, 2
+# 3: a commit holds the checksum of every chunk. (In 1 and 2 it held one of each file, which was the same number for all
+# files of a layout. They were never released.)
+FORMAT_VERSION = 3
 
 # Room that is planned for one sample's tokens: a question and an answer. The axis grows when samples are longer.
 _SAMPLE_TOKENS = 512
@@ -44,10 +46,11 @@ class Root:
 
     def document(self) -> dict[str, Any]:
         facts = {
-            "format_version": FORMAT_VERSION_WITH_TOKENS if self.coverage.tokens else FORMAT_VERSION,
+            "format_version": FORMAT_VERSION,
             "identity": self.identity,
             "coverage": self.coverage.to_json(),
             "shard_samples": self.layout.samples,
+            "codec": self.layout.codec,
             "planned": self.planned,
             "provenance": self.provenance,
         }
@@ -61,7 +64,7 @@ class Root:
         files = {f"{name}/{FILE}": to_json_bytes(document) for name, document in arrays.items()}
         return files | {FILE: to_json_bytes(self.document())}
 
-    def check(self, path: Path, identity: dict[str, Any], coverage: Coverage) -> None:
+    def check(self, place: Backend, identity: dict[str, Any], coverage: Coverage) -> None:
         """Raise IdentityError, naming every field that differs, unless both are the capture's own."""
         differences = [
             *_differences("identity", self.identity, identity),
@@ -69,7 +72,7 @@ class Root:
         ]
         if differences:
             raise IdentityError(
-                f"{path} holds other activations than these: {'; '.join(differences)}. "
+                f"{place} holds other activations than these: {'; '.join(differences)}. "
                 f"Name another folder, or run with the capture's own settings"
             )
 
@@ -80,42 +83,66 @@ def new_root(identity: dict[str, Any], layout: Layout, planned: int, provenance:
     return Root(identity, layout, planned, provenance, max(1, -(-planned // layout.samples)), tokens)
 
 
-def grow(path: Path, shards: int, token_shards: int) -> None:
+def grow(place: Backend, shards: int, token_shards: int) -> None:
     """Make the axes at least so long: arrays first, the consolidated root last. Under the capture's lock."""
-    root = read_root(path)
-    longer = {}
-    # By an eighth, so that a run of unplanned length rewrites its metadata a few times only.
-    if shards > root.shards:
-        longer["shards"] = max(shards, root.shards + root.shards // 8)
-    if token_shards > root.token_shards:
-        longer["token_shards"] = max(token_shards, root.token_shards + root.token_shards // 8)
-    if longer:
-        for name, data in replace(root, **longer).files().items():
-            write_atomic(path / name, data)
+    while True:
+        raw = _read_raw(place)
+        root = _parse(place, raw)
+        longer = {}
+        # By an eighth, so that a run of unplanned length rewrites its metadata a few times only.
+        if shards > root.shards:
+            longer["shards"] = max(shards, root.shards + root.shards // 8)
+        if token_shards > root.token_shards:
+            longer["token_shards"] = max(token_shards, root.token_shards + root.token_shards // 8)
+        if not longer:
+            return
+        *derived, (name, document) = replace(root, **longer).files().items()
+        for file, data in derived:
+            place.write(file, data)
+        # Another process may have been faster where a lock can be lost.
+        if place.replace(name, raw, document):
+            return
 
 
-def is_capture(path: Path) -> bool:
+def has_root(place: Backend) -> bool:
+    """Whether there is something that claims to be a capture, readable or not."""
+    try:
+        place.size(FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise trouble(f"{place}/{FILE}", error) from error
+    return True
+
+
+def is_capture(place: Backend) -> bool:
     """Whether a folder says that it is a capture. Raises nothing for a folder that is none, or cannot be read."""
     try:
-        text = (path / FILE).read_text()
-        return "hiddenlake" in json.loads(text)["attributes"]
+        return "hiddenlake" in json.loads(place.read(FILE))["attributes"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def read_root(path: Path) -> Root:
+def read_root(place: Backend) -> Root:
     """Read and check a capture's zarr.json.
 
     Raises StoreError where there is no capture or one of another format version, CorruptError where it
     says other things than were written.
     """
-    file = path / FILE
+    return _parse(place, _read_raw(place))
+
+
+def _read_raw(place: Backend) -> bytes:
     try:
-        raw = file.read_bytes()
+        return place.read(FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise StoreError(f"{path} is no capture: it has no {FILE}; `hiddenlake ls` lists the captures") from error
+        raise StoreError(f"{place} is no capture: it has no {FILE}; `hiddenlake ls` lists the captures") from error
     except OSError as error:
-        raise StoreError(f"{file}: {error.strerror}: check the folder's permissions and the disk") from error
+        raise trouble(f"{place}/{FILE}", error) from error
+
+
+def _parse(place: Backend, raw: bytes) -> Root:
+    file = f"{place}/{FILE}"
     try:
         document = json.loads(raw)
     except ValueError as error:
@@ -124,16 +151,22 @@ def read_root(path: Path) -> Root:
         facts = document["attributes"]["hiddenlake"]
         version = facts["format_version"]
     except (KeyError, TypeError) as error:
-        raise StoreError(f"{path} is no capture: its {FILE} has no `hiddenlake` attribute with a version") from error
-    if version not in (FORMAT_VERSION, FORMAT_VERSION_WITH_TOKENS):
+        raise StoreError(f"{place} is no capture: its {FILE} has no `hiddenlake` attribute with a version") from error
+    if version != FORMAT_VERSION:
         raise StoreError(
-            f"{path} has format version {version!r}, but this hiddenlake reads versions {FORMAT_VERSION} and "
-            f"{FORMAT_VERSION_WITH_TOKENS}: install the hiddenlake that wrote it, or capture again"
+            f"{place} has format version {version!r}, but this hiddenlake reads version {FORMAT_VERSION}: "
+            f"install the hiddenlake that wrote it, or capture again"
         )
-    facts = check_signed(facts, str(file))
+    facts = check_signed(facts, file)
     try:
         coverage = Coverage.from_json(facts["coverage"])
-        layout = Layout(coverage, facts["shard_samples"], facts.get("chunk_tokens", 0), facts.get("shard_tokens", 0))
+        layout = Layout(
+            coverage,
+            facts["shard_samples"],
+            facts.get("chunk_tokens", 0),
+            facts.get("shard_tokens", 0),
+            facts["codec"],
+        )
         arrays = document["consolidated_metadata"]["metadata"]
         root = Root(
             facts["identity"],
@@ -143,7 +176,7 @@ def read_root(path: Path) -> Root:
             arrays["committed"]["shape"][0] // layout.samples,
             arrays[f"{TOKENS}/{EMBED}"]["shape"][0] // layout.shard_tokens if coverage.tokens else 0,
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CorruptError(f"{file}: {error!r}: the file is damaged; restore it from a copy") from error
     if root.document() != document:
         raise CorruptError(

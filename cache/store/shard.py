@@ -17,17 +17,24 @@ import numpy as np
 from crc32c import crc32c
 
 from hiddenlake.cache.errors import CaptureError, StoreError
-from hiddenlake.cache.store.coverage import DTYPES
+from hiddenlake.cache.store.checksums import row_checksums
+from hiddenlake.cache.store.codecs import Encoding
+from hiddenlake.cache.store.coverage import DTYPES, INFINITY
 from hiddenlake.cache.store.layout import Layout
+from hiddenlake.cache.store.shard_file import ShardFile
 
 # Mappings of other processes' buffers that a process keeps: four buffers x a few sites x a few writers.
 _MAPPINGS = 128
+
+# Elements from one mark of a row that is not written yet to the next. A rank of tensor parallelism writes a block of
+# columns, which is wider.
+_MARK = 64
 
 
 class _Buffer:
     """Memory for one shard of every site, reused for shard after shard.
 
-    views : site -> bits; uint16 for bfloat16, else float32.
+    views : site -> bits; uint16 for bfloat16 and float16, else float32.
     checksums : site -> crc32c of each row, uint32, the shape of the view without its last axis.
     """
 
@@ -54,6 +61,21 @@ class _Buffer:
     def nan(self) -> Any:
         """The bits of NaN."""
         return DTYPES[self.dtype][2]
+
+    def _mark(self, rows: Any) -> None:
+        """Put NaN here and there into rows, so that one that nobody writes is not finite. rows : index before the width.
+
+        Not everywhere: that would write all memory twice, a third of the time that a shard takes.
+        """
+        for view in self.views.values():
+            view[..., rows, ::_MARK] = self.nan
+            view[..., rows, -1] = self.nan
+
+    def _fill(self, rows: Any) -> None:
+        """Fill rows with NaN: what absent cells, free slots and tokens of no sample hold."""
+        for site, view in self.views.items():
+            view[..., rows, :] = self.nan
+            self.checksums[site][..., rows] = self.nan_checksum(site)
 
     def nan_checksum(self, site: str) -> int:
         """crc32c of a row of NaN."""
@@ -86,28 +108,34 @@ class _Buffer:
 class ShardBuffer(_Buffer):
     """Memory for one sample shard. A slot is cleared before it is handed out.
 
-    images : site -> the file's bytes.  views : site -> (layer, position, sample, width) of bits, or
-    (position, sample, width) for a site without layers.
+    views : site -> (layer, position, sample, width) of bits, or (position, sample, width) for a site without layers.
+        Where chunks are stored as they are, the memory is the file, byte for byte.
     """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout.coverage.dtype)
         self.layout = layout
-        self.images: dict[str, mmap.mmap] = {}
+        self._images: dict[str, np.ndarray] = {}
         for site, file in layout.files.items():
-            self.images[site] = self._allocate(site, file.size, file.shape, file.strides)
-            self.images[site][file.index_offset :] = file.index
+            plain = replace(file, codec="none")
+            image = self._allocate(site, plain.size, plain.shape, plain.strides)
+            if layout.codec == "none":
+                self._images[site] = np.frombuffer(image, np.uint8)
+                lengths = np.full(len(file.present), file.chunk_bytes)
+                self._images[site][-file.index_bytes :] = np.frombuffer(file.index(lengths), np.uint8)
 
     def close(self) -> None:
         """See _Buffer."""
         super().close()
-        self.images.clear()
+        self._images.clear()
 
     def clear(self, slot: int) -> None:
-        """Fill a slot with NaN: what absent cells and free slots hold, and what betrays a row that nobody wrote."""
-        for site, view in self.views.items():
-            view[..., slot, :] = self.nan
-            self.checksums[site][..., slot] = self.nan_checksum(site)
+        """Forget what a slot held, so that a row that nobody writes is noticed."""
+        self._mark(slot)
+
+    def empty(self, slot: int) -> None:
+        """A slot holds no sample."""
+        self._fill(slot)
 
     def finish(self, slot: int, present: np.ndarray) -> None:
         """Keep the checksums of a sample's rows, which do not change from here on.
@@ -116,19 +144,25 @@ class ShardBuffer(_Buffer):
 
         Raises CaptureError where a row that is present is not finite, or one that is absent is not NaN.
         """
-        every = {site: np.ascontiguousarray(view[..., slot, :]) for site, view in self.views.items()}
-        for site, rows in every.items():
-            self._check(site, rows, present)
-        for site, rows in every.items():
-            self.checksums[site][..., slot] = np.reshape(_row_checksums(rows), rows.shape[:-1])
+        every = bool(present.all())
+        for site, view in self.views.items():
+            rows = view[..., slot, :]
+            if not (every and _all_finite(rows, self.dtype)):
+                self._check(site, rows, present)
+        for site, view in self.views.items():
+            rows = view[..., slot, :]
+            if not every:
+                rows[..., ~present, :] = self.nan  # until here it may hold NaN in some places only
+            self.checksums[site][..., slot] = np.reshape(row_checksums(rows), rows.shape[:-1])
 
     def _check(self, site: str, rows: np.ndarray, present: np.ndarray) -> None:
+        marks = np.concatenate([rows[..., ::_MARK], rows[..., -1:]], -1)
         if rows.dtype == np.uint16:
-            # bfloat16 has the exponent of float32: all ones means infinite or NaN.
-            bad = (rows & np.uint16(0x7F80)) == 0x7F80
-            nan = bad & ((rows & np.uint16(0x007F)) != 0) if not present.all() else bad
+            infinity = np.uint16(INFINITY[self.dtype])
+            bad = (rows & infinity) == infinity
+            nan = ((marks & infinity) == infinity) & ((marks & ~(infinity | np.uint16(0x8000))) != 0)
         else:
-            bad, nan = ~np.isfinite(rows), np.isnan(rows)
+            bad, nan = ~np.isfinite(rows), np.isnan(marks)
         wrong = np.where(present, bad.any(-1), ~nan.all(-1))
         if wrong.any():
             cell, coverage = [int(axis[0]) for axis in np.nonzero(wrong)], self.layout.coverage
@@ -139,20 +173,16 @@ class ShardBuffer(_Buffer):
                 f"({int(wrong.sum())} of {wrong.size} cells): the sample is not stored; capture it again"
             )
 
-    def seal(self) -> dict[str, int]:
-        """Put each chunk's crc32c into the images. Returns site -> crc32c of the whole file."""
-        sealed = {}
-        for site, file in self.layout.files.items():
-            image = np.frombuffer(self.images[site], np.uint8)
-            whole = 0
-            for chunk in range(len(file.present)):
-                # Both checksums in turn, while the chunk lies in the CPU's cache.
-                page = image[chunk * file.pitch : (chunk + 1) * file.pitch]
-                checksum = crc32c(page[: file.chunk_bytes])
-                page[file.chunk_bytes : file.chunk_bytes + 4] = list(checksum.to_bytes(4, "little"))
-                whole = crc32c(page, whole)
-            sealed[site] = crc32c(file.index, whole)
-        return sealed
+    def seal(self) -> dict[str, Encoding]:
+        """The bytes of each site's file. They are in memory that is used again, so write them before that."""
+        return {site: self._seal(site, file) for site, file in self.layout.files.items()}
+
+    def _seal(self, site: str, file: ShardFile) -> Encoding:
+        checksums = self.checksums[site].reshape(-1, file.rows)
+        if site not in self._images:
+            view = self.views[site].reshape(-1, file.rows, file.width)
+            return Encoding(file, lambda number: view[number], checksums.copy())
+        return Encoding.of_image(file, self._images[site], checksums.copy())
 
 
 class TokenBuffer(_Buffer):
@@ -169,9 +199,8 @@ class TokenBuffer(_Buffer):
             self._allocate(site, int(np.prod(shape)) * file.bits.itemsize, shape, None)
 
     def clear(self, rows: slice) -> None:
-        """Fill rows with NaN: what tokens of no sample hold, and what betrays a row that nobody wrote."""
-        for view in self.views.values():
-            view[..., rows, :] = self.nan
+        """Forget what rows held, so that one that nobody writes is noticed."""
+        self._mark(rows)
 
     def finish(self, rows: slice) -> None:
         """Keep the checksums of rows, which do not change from here on.
@@ -183,16 +212,17 @@ class TokenBuffer(_Buffer):
             checksums = self.checksums[site].reshape(-1, view.shape[-2])
             # Layer by layer, so that a block is read from memory once.
             for layer, block in enumerate(blocks):
-                if not _all_finite(block):
+                if not _all_finite(block, self.dtype):
                     number = self.layout.coverage.layers[layer]
                     where = f"{site}, layer {number}" if view.ndim == 3 else site
                     raise CaptureError(f"{where}: a token's row is not finite, or was never written: capture it again")
-                checksums[layer, rows] = _row_checksums(block)
+                checksums[layer, rows] = row_checksums(block)
 
-    def seal(self, kept: Iterable[slice]) -> tuple[int, dict[str, tuple[list[Any], int]]]:
+    def seal(self, kept: Iterable[slice]) -> tuple[int, dict[str, Encoding]]:
         """Make everything but the kept rows a hole.
 
-        Returns (how many chunks along the token axis are in the files, site -> the file's parts and its crc32c).
+        Returns (how many chunks along the token axis are in the files, site -> the file's bytes). They are in memory
+        that is used again, so write them before that.
         """
         T = self.layout.chunk_tokens
         used = np.zeros(self.layout.shard_tokens, bool)
@@ -201,32 +231,23 @@ class TokenBuffer(_Buffer):
         columns = int(np.flatnonzero(used)[-1]) // T + 1
         edges = np.flatnonzero(np.diff(used[: columns * T], prepend=True, append=True))
         for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            self.clear(slice(start, stop))
+            self._fill(slice(start, stop))
         sealed = {}
         for site, full in self.layout.token_files.items():
             self.checksums[site][..., ~used] = self.nan_checksum(site)
             file = replace(full, columns=columns)
-            chunks = self.views[site].reshape(-1, file.rows * file.width)
-            parts, whole = [], 0
-            for number in file.present.tolist():
-                chunk = chunks[number]
-                tail = crc32c(chunk).to_bytes(4, "little").ljust(file.pitch - file.chunk_bytes, b"\0")
-                whole = crc32c(tail, crc32c(chunk, whole))
-                parts += [chunk, tail]
-            sealed[site] = [*parts, file.index], crc32c(file.index, whole)
+            chunks = self.views[site].reshape(-1, file.rows, file.width)
+            checksums = self.checksums[site].reshape(-1, file.rows).copy()
+            sealed[site] = Encoding(file, chunks.__getitem__, checksums)
         return columns, sealed
 
 
-def _all_finite(bits: np.ndarray) -> bool:
+def _all_finite(bits: np.ndarray, dtype: str) -> bool:
     if bits.dtype == np.uint16:
-        # Infinities and NaN are above all finite values of their sign: 0x7F80 and more, with the sign 0xFF80 and more.
-        return bool(bits.max(initial=0) < 0xFF80 and bits.view(np.int16).max(initial=0) < 0x7F80)
+        # Infinities and NaN are above all finite values of their sign.
+        infinity = INFINITY[dtype]
+        return bool(bits.max(initial=0) < infinity | 0x8000 and bits.view(np.int16).max(initial=0) < infinity)
     return bool(np.isfinite(bits).all())
-
-
-def _row_checksums(bits: np.ndarray) -> list[int]:
-    """crc32c of each row of a C-contiguous array (..., width), in C order."""
-    return list(map(crc32c, bits.reshape(-1, bits.shape[-1])))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ def choose_layout(
     buffer_bytes: int,
     shard_samples: int | None = None,
     shard_tokens: tuple[int, int] | None = None,
+    codec: str = "none",
 ) -> Layout:
     """The layout of a new capture.
 
@@ -45,7 +46,7 @@ def choose_layout(
         largest = max(file.size for file in Layout(coverage, 1, chunk, chunk).token_files.values())
         chunks = chunks // chunk or TOKEN_FILE_BYTES // largest or 1
     while True:
-        layout = Layout(coverage, samples, chunk, chunk * chunks)
+        layout = Layout(coverage, samples, chunk, chunk * chunks, codec)
         smaller_samples = shard_samples is None and samples > 1 and bool(layout.files)
         smaller_tokens = shard_tokens is None and chunk * chunks > 1
         if layout.buffer_bytes <= buffer_bytes or not (smaller_samples or smaller_tokens):

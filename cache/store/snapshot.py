@@ -1,19 +1,21 @@
 """Snapshots: what was committed to a capture at one moment, and how its activations are read by number."""
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from hiddenlake.cache.errors import CorruptError
+from hiddenlake.cache.errors import CorruptError, StoreError
+from hiddenlake.cache.store.backend import Backend
+from hiddenlake.cache.store.codecs import result_dtype
 from hiddenlake.cache.store.commits import Commit, read_checked, remedy
-from hiddenlake.cache.store.coverage import DTYPES
 from hiddenlake.cache.store.layout import Layout
-from hiddenlake.cache.store.ranges import FileRead, Part, read_files
+from hiddenlake.cache.store.opened import Committed, check_size, most_open, open_committed
+from hiddenlake.cache.store.ranges import Part, cells_of, read_parts
 from hiddenlake.cache.store.root import Root
 from hiddenlake.cache.store.shard_file import ShardFile
 from hiddenlake.cache.store.tables import SAMPLE_COLUMNS, decode, sample_schema
@@ -23,17 +25,21 @@ if TYPE_CHECKING:
 
 Dtype = Literal["stored", "float32"]
 
+_FIRST = np.zeros(1, np.int64)
+
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """What was committed at one moment. Later commits do not change it, so lazy arrays may hold on to it.
 
+    generation : of the folder, as the backend tells it.
     keys : (sample,) sample keys in task order: by (index, sample_index).
     shard, slot : (sample,) where each sample lies.
     token_start, token_length : (sample,) where its tokens lie on the token axis; -1 and 0 where it has none.
     """
 
-    path: Path
+    place: Backend
+    generation: Hashable
     root: Root
     commits: dict[int, Commit]
     keys: np.ndarray = field(init=False)
@@ -94,91 +100,160 @@ class Snapshot:
                 found.setdefault(shard, []).append(commit)
         return {shard: tuple(commits) for shard, commits in found.items()}
 
+    @cached_property
+    def _every(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """shard -> (slots, rows in task order) of all samples."""
+        order = np.argsort(self.shard, kind="stable")
+        edges = np.flatnonzero(np.diff(self.shard[order], prepend=-1))
+        groups = np.split(order, edges[1:]) if len(order) else []
+        return {int(self.shard[rows[0]]): (self.slot[rows], rows) for rows in groups}
+
+    def _by_shard(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(shard, slots, places in the result) of samples."""
+        if len(rows) == 1:
+            yield int(self.shard[rows[0]]), self.slot[rows], _FIRST
+            return
+        if 0 < len(rows) == len(self.keys) and rows[0] == 0 and bool((np.diff(rows) == 1).all()):
+            for shard, (slots, into) in self._every.items():
+                yield shard, slots, into
+            return
+        shards = self.shard[rows]
+        order = np.argsort(shards, kind="stable")
+        edges = np.flatnonzero(np.diff(shards[order], prepend=-1))
+        for into in np.split(order, edges[1:]) if len(order) else ():
+            yield int(shards[into[0]]), self.slot[rows[into]], into
+
     def read_cells(
-        self, site: str, outer: Sequence[Sequence[int]], rows: np.ndarray, dtype: Dtype, check: bool = True
+        self,
+        site: str,
+        outer: Sequence[Sequence[int]],
+        rows: np.ndarray,
+        dtype: Dtype,
+        check: bool = True,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Cells by number along each axis.
 
         outer : indices along layer and position (position alone for a site without layers), any order, repeats allowed.
         rows : (sample,) rows in task order.
+        out : where they go, of the result's shape and dtype, C-contiguous; None for new memory.
 
-        Returns (*outer, sample, width): ml_dtypes.bfloat16 or float32. Raises CorruptError.
+        Returns (*outer, sample, width): the coverage's dtype, or float32. Raises CorruptError.
         """
         layout = self.layout
         file = layout.files[site]
-        places = np.ndindex(*(len(axis) for axis in outer))
-        numbers = np.meshgrid(*(np.asarray(axis, np.int64) for axis in outer), indexing="ij")
-        cells = list(zip(places, np.ravel_multi_index(numbers, file.outer).ravel().tolist(), strict=True))
-        shards = self.shard[rows]
+        outer = [np.asarray(axis, np.int64) for axis in outer]
+        numbers = cells_of(outer, file.outer)
         reads = []
-        for shard in dict.fromkeys(shards.tolist()):
-            into = np.flatnonzero(shards == shard)
-            names = layout.data_file(site, shard), layout.row_crc_file(site, shard)
-            part = Part(cells, self.slot[rows[into]], into)
-            reads.append(FileRead(self.path, *names, file, (self.commits[shard],), [part]))
-        return self._read(reads, outer, rows, file, dtype, check)
+        for shard, slots, into in self._by_shard(rows):
+            names = layout.data_file(site, shard), layout.row_crc_file(site, shard), layout.scale_file(site, shard)
+            committed = Committed(self.place, *names, file, (self.commits[shard],))
+            # Sample shards hold all their chunks: a chunk's number is its place.
+            reads.append((committed, [Part(numbers, np.arange(len(numbers)), slots, into)]))
+        return self._read(reads, outer, len(rows), file, dtype, check, out)
 
     def read_tokens(
-        self, site: str, outer: Sequence[Sequence[int]], rows: np.ndarray, dtype: Dtype, check: bool = True
+        self,
+        site: str,
+        outer: Sequence[Sequence[int]],
+        rows: np.ndarray,
+        dtype: Dtype,
+        check: bool = True,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Token-level activations by number along each axis.
 
         outer : indices along layer, () for a site without layers; any order, repeats allowed.
         rows : (token,) among all committed tokens in task order.
+        out : as in `read_cells`.
 
-        Returns (*outer, token, width): ml_dtypes.bfloat16 or float32. Raises CorruptError.
+        Returns (*outer, token, width): the coverage's dtype, or float32. Raises CorruptError.
         """
         layout = self.layout
         full = layout.token_files[site]
-        layers = [((place,), layer) for place, layer in enumerate(outer[0])] if outer else [((), 0)]
-        # One part for each chunk along the token axis, one read for each shard.
+        layers = np.asarray(outer[0] if outer else [0], np.int64)
+        # One part for each chunk along the token axis, one file for each shard.
         places = self.token_places[rows]
         order = np.argsort(places, kind="stable")
         columns, slots = np.divmod(places[order], layout.chunk_tokens)
         edges = [0, *(np.flatnonzero(np.diff(columns)) + 1).tolist(), len(rows)] if len(rows) else [0]
+        files: dict[int, Committed] = {}
         parts: dict[int, list[Part]] = {}
         for start, stop in itertools.pairwise(edges):
             shard, column = divmod(int(columns[start]), full.outer[-1])
-            cells = [(place, layer * full.outer[-1] + column) for place, layer in layers]
-            parts.setdefault(shard, []).append(Part(cells, slots[start:stop], order[start:stop]))
-        reads = []
-        for shard, found in parts.items():
-            commits = self._token_commits[shard]
-            file = replace(full, columns=commits[0].token_shards[shard])
-            names = layout.token_data_file(site, shard), layout.token_row_crc_file(site, shard)
-            read = FileRead(self.path, *names, file, commits, found)
-            there = set(file.present.tolist())
-            if any(
-                [commit.files[name] for name in names] != [read.record(name) for name in names] for commit in commits
-            ) or not all(chunk in there for part in found for _, chunk in part.cells):
-                raise CorruptError(
-                    f"{read.file}: the commits of the shards {read.shards} differ in what they say of it, or it lacks "
-                    f"tokens that they hold: {remedy(self.path, read.shards)}"
-                )
-            reads.append(read)
-        return self._read(reads, outer, rows, full, dtype, check)
+            if shard not in files:
+                files[shard] = self._token_file(site, shard)
+            chunks = files[shard].shape.place[layers * full.outer[-1] + column]
+            if (chunks < 0).any():
+                raise self._disagree(files[shard])
+            part = Part(chunks, np.arange(len(layers)), slots[start:stop], order[start:stop])
+            parts.setdefault(shard, []).append(part)
+        reads = [(files[shard], found) for shard, found in parts.items()]
+        return self._read(reads, [np.asarray(axis) for axis in outer], len(rows), full, dtype, check, out)
+
+    def _token_file(self, site: str, shard: int) -> Committed:
+        layout, commits = self.layout, self._token_commits[shard]
+        names = (
+            layout.token_data_file(site, shard),
+            layout.token_row_crc_file(site, shard),
+            layout.token_scale_file(site, shard),
+        )
+        columns = commits[0].token_shards[shard]
+        file = replace(layout.token_files[site], columns=columns)
+        committed = Committed(self.place, *names, file, commits)
+        for commit in commits[1:]:
+            same = all(commit.files.get(name) == commits[0].files.get(name) for name in names)
+            if not same or commit.token_shards[shard] != columns:
+                raise self._disagree(committed)
+        return committed
+
+    @staticmethod
+    def _disagree(committed: Committed) -> CorruptError:
+        return CorruptError(
+            f"{committed}: the commits of the shards {committed.shards} differ in what they say of it, or it lacks "
+            f"tokens that they hold: {committed.remedy}"
+        )
 
     def _read(
         self,
-        reads: Sequence[FileRead],
-        outer: Sequence[Sequence[int]],
-        rows: np.ndarray,
+        reads: Sequence[tuple[Committed, list[Part]]],
+        outer: Sequence[np.ndarray],
+        rows: int,
         file: ShardFile,
         dtype: Dtype,
         check: bool,
+        out: np.ndarray | None,
     ) -> np.ndarray:
-        out = np.empty((*(len(axis) for axis in outer), len(rows), file.width), file.bits)
-        read_files(reads, out, check)
-        if dtype == "stored":
-            return out.view(DTYPES[file.dtype][1])
-        return out if out.dtype == np.float32 else widen(out)
+        shape = (*map(len, outer), rows, file.width)
+        cells = math.prod(map(len, outer))
+        kind = result_dtype(file, dtype)
+        if out is not None and (out.shape != shape or out.dtype != kind or not out.flags.c_contiguous):
+            raise ValueError(
+                f"out is {out.dtype} {out.shape}{'' if out.flags.c_contiguous else ', not contiguous'}: expected "
+                f"{kind} {shape}, C-contiguous"
+            )
+        self.check_there()
+        most = most_open()
+        for start in range(0, len(reads), most) or (0,):
+            # Opened before memory is taken, so that sizes that lie are found out first.
+            opened = [(open_committed(committed), parts) for committed, parts in reads[start : start + most]]
+            if out is None:
+                for committed, _ in reads[start + most :]:
+                    check_size(committed)
+                out = np.empty(shape, kind)
+            read_parts(opened, out.reshape(cells, rows, file.width), dtype, check)
+        return out
 
-
-def widen(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 bits as float32, exactly. bits : uint16, any shape."""
-    wide = bits.astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32)
+    def check_there(self) -> None:
+        """Raise StoreError when the capture was removed, or another one lies in its place."""
+        try:
+            same = self.place.generation() == self.generation
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise StoreError(
+                f"{self.place} was removed or replaced since it was opened: open the capture that is there now"
+            )
 
 
 def samples_of(snapshot: Snapshot, columns: Sequence[str] = SAMPLE_COLUMNS) -> "pyarrow.Table":
@@ -191,8 +266,10 @@ def samples_of(snapshot: Snapshot, columns: Sequence[str] = SAMPLE_COLUMNS) -> "
     tables, slots, shards = [schema.empty_table()], [], []
     for shard, commit in snapshot.commits.items():
         name = snapshot.layout.samples_file(shard)
-        raw = read_checked(snapshot.path, name, commit.files[name], [shard])
-        table = decode(raw, snapshot.path / name, columns)
+        if not commit.files:
+            continue  # given up by a writer that was taken for dead
+        raw = read_checked(snapshot.place, name, commit.files[name], [shard])
+        table = decode(raw, f"{snapshot.place}/{name}", columns)
         tables.append(table.cast(schema))
         slots += table["slot"].to_pylist()
         shards += [shard] * table.num_rows
@@ -202,7 +279,7 @@ def samples_of(snapshot: Snapshot, columns: Sequence[str] = SAMPLE_COLUMNS) -> "
     except KeyError as error:
         shard, slot = error.args[0]
         raise CorruptError(
-            f"{snapshot.path / snapshot.layout.samples_file(shard)}: no row for slot {slot}, which was committed: "
-            f"{remedy(snapshot.path, [shard])}"
+            f"{snapshot.place}/{snapshot.layout.samples_file(shard)}: no row for slot {slot}, which was committed: "
+            f"{remedy(snapshot.place, [shard])}"
         ) from error
     return pa.concat_tables(tables).take(pa.array(order, pa.int64()))

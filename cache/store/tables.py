@@ -3,7 +3,6 @@
 import io
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hiddenlake.cache.errors import CorruptError
@@ -89,7 +88,7 @@ def _encode(table: "pyarrow.Table") -> bytes:
     return out.getvalue()
 
 
-def decode(raw: bytes, file: Path, columns: list[str] | None = None) -> "pyarrow.Table":
+def decode(raw: bytes, file: str, columns: list[str] | None = None) -> "pyarrow.Table":
     """A table from the bytes of a Parquet file. Raises CorruptError that names `file`."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -16,14 +16,15 @@ import numpy as np
 from hiddenlake.cache.errors import CorruptError, StoreError
 from hiddenlake.cache.positions import ABSENT
 from hiddenlake.cache.samples import token_checksum
+from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.checks import ANYTHING, FINITE, NAN, Problem, check_file
-from hiddenlake.cache.store.claims import LOCK
 from hiddenlake.cache.store.commits import Commit, list_commits, read_checked, read_commit
 from hiddenlake.cache.store.derived import cells_of, derived_chunks, differs
-from hiddenlake.cache.store.files import FileLock, write_atomic
-from hiddenlake.cache.store.layout import Layout, to_json_bytes
+from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.metadata import arrays
+from hiddenlake.cache.store.opened import Committed
 from hiddenlake.cache.store.root import FILE, Root, read_root
+from hiddenlake.cache.store.signing import to_json_bytes
 from hiddenlake.cache.store.tables import decode, sample_schema
 
 RESULT = "verify.json"
@@ -54,7 +55,7 @@ class Report:
         return asdict(self) | {"ok": self.ok}
 
 
-def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> Report:
+def verify(path: str | Path | Backend, progress: Callable[[int, int], None] | None = None) -> Report:
     """Check a whole capture: sizes, checksums, indexes, rows, Parquet, token ids, finiteness, keys, spans, and what is
     derived from them.
 
@@ -64,25 +65,25 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
     The report is kept as verify.json in the capture, where that can be written. Raises StoreError where
     there is no capture; damage is reported, not raised.
     """
-    path = Path(path)
+    place = open_backend(path)
     try:
-        root = read_root(path)
+        root = read_root(place)
     except CorruptError as error:
-        return _keep(path, Report(0, 0, 0, (Problem(FILE, None, str(error)),), _now()))
-    problems = list(_check_metadata(path, root))
+        return _keep(place, Report(0, 0, 0, (Problem(FILE, None, str(error)),), _now()))
+    problems = list(_check_metadata(place, root))
     commits, damaged = [], 0
-    for shard in sorted(list_commits(path)):
+    for shard in sorted(list_commits(place)):
         try:
-            commits.append(read_commit(path, shard))
+            commits.append(read_commit(place, shard))
         except CorruptError as error:
             damaged += 1
             problems.append(Problem(f"commits/{shard}.json", None, str(error)))
     layout = root.layout
     problems += _check_keys(commits)
     problems += _check_spans(layout, commits)
-    checks = [partial(_check_shard, path, layout, commit) for commit in commits]
+    checks = [partial(_check_shard, place, layout, commit) for commit in commits]
     for shard in sorted({shard for commit in commits for shard in commit.token_shards}):
-        checks.append(partial(_check_token_shard, path, layout, shard, commits))
+        checks.append(partial(_check_token_shard, place, layout, shard, commits))
     total = len(checks) + damaged
     # Reading and crc32c in C take the time; each thread holds one chunk and one small file.
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
@@ -92,32 +93,32 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
                 progress(done + damaged, total)
     samples = sum(key is not None for commit in commits for key in commit.keys)
     size = sum({name: record.size for commit in commits for name, record in commit.files.items()}.values())
-    return _keep(path, Report(len(commits), samples, size, tuple(problems), _now()))
+    return _keep(place, Report(len(commits), samples, size, tuple(problems), _now()))
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _keep(path: Path, report: Report) -> Report:
+def _keep(place: Backend, report: Report) -> Report:
     """Write the report into the capture; the report says whether that worked (a capture may be read-only)."""
     kept = Report(report.shards, report.samples, report.bytes, report.problems, report.time, kept=True)
-    with suppress(StoreError), FileLock(path / LOCK):
-        write_atomic(path / RESULT, to_json_bytes(kept.to_json()))
+    with suppress(StoreError), place.lock():
+        place.write(RESULT, to_json_bytes(kept.to_json()))
         return kept
     return report
 
 
-def _check_metadata(path: Path, root: Root) -> Iterator[Problem]:
+def _check_metadata(place: Backend, root: Root) -> Iterator[Problem]:
     coordinates = root.layout.coordinates()
     for name, data in coordinates.items():
-        if differs(path, name, data):
+        if differs(place, name, data):
             yield Problem(name, None, "missing, or other values than the coverage names; a writer rebuilds it")
     documents = arrays(root.layout, root.shards, root.token_shards)
     for name, expected in documents.items():
         file = f"{name}/{FILE}"
         try:
-            found = json.loads((path / file).read_bytes())
+            found = json.loads(place.read(file))
         except (OSError, ValueError) as error:
             yield Problem(file, None, f"not readable as JSON ({error}); a writer rebuilds it")
             continue
@@ -178,7 +179,7 @@ def _of_token_shard(layout: Layout, commit: Commit, shard: int) -> tuple[Any, ..
     return commit.token_shards[shard], *(commit.files.get(name) for name in layout.token_files_of(shard))
 
 
-def _check_token_shard(path: Path, layout: Layout, shard: int, commits: list[Commit]) -> Iterator[Problem]:
+def _check_token_shard(place: Backend, layout: Layout, shard: int, commits: list[Commit]) -> Iterator[Problem]:
     vouching = [commit for commit in commits if shard in commit.token_shards]
     if set(layout.token_files_of(shard)) - vouching[0].files.keys():
         return  # reported with its commit
@@ -189,12 +190,19 @@ def _check_token_shard(path: Path, layout: Layout, shard: int, commits: list[Com
             expected[max(0, start - shard * K) : max(0, start + length - shard * K)] = FINITE
     by_column = expected.reshape(-1, layout.chunk_tokens)
     for site, full in layout.token_files.items():
-        names = layout.token_data_file(site, shard), layout.token_row_crc_file(site, shard)
+        names = (
+            layout.token_data_file(site, shard),
+            layout.token_row_crc_file(site, shard),
+            layout.token_scale_file(site, shard),
+        )
         file = replace(full, columns=vouching[0].token_shards[shard])
-        yield from check_file(path, *names, file, vouching[0], lambda chunk: by_column[chunk % len(by_column)])
+        committed = Committed(place, *names, file, tuple(vouching))
+        yield from check_file(committed, lambda chunk: by_column[chunk % len(by_column)])
 
 
-def _check_shard(path: Path, layout: Layout, commit: Commit) -> Iterator[Problem]:
+def _check_shard(place: Backend, layout: Layout, commit: Commit) -> Iterator[Problem]:
+    if not commit.files and not any(commit.keys):
+        return  # given up by a writer that was taken for dead
     expected = set(layout.files_of(commit.shard))
     for shard in commit.token_shards:
         expected.update(layout.token_files_of(shard))
@@ -205,7 +213,7 @@ def _check_shard(path: Path, layout: Layout, commit: Commit) -> Iterator[Problem
     name = layout.samples_file(commit.shard)
     rows = np.full((len(layout.coverage.positions), layout.samples), ANYTHING)
     try:
-        table = decode(read_checked(path, name, commit.files[name], [commit.shard]), path / name)
+        table = decode(read_checked(place, name, commit.files[name], [commit.shard]), f"{place}/{name}")
     except CorruptError as error:
         yield Problem(name, None, str(error))
     else:
@@ -214,14 +222,15 @@ def _check_shard(path: Path, layout: Layout, commit: Commit) -> Iterator[Problem
         if not problems:
             cells = cells_of(table)
             for derived, data in derived_chunks(layout, commit, cells).items():
-                if differs(path, derived, data):
+                if differs(place, derived, data):
                     yield Problem(derived, None, "missing, or differs from the committed samples; a writer rebuilds it")
             rows[:] = NAN
             for slot, (index, _) in cells.items():
                 rows[:, slot] = np.where(np.array(index, np.int64) != ABSENT, FINITE, NAN)
     for site, file in layout.files.items():
-        names = layout.data_file(site, commit.shard), layout.row_crc_file(site, commit.shard)
-        yield from check_file(path, *names, file, commit, lambda chunk: rows[chunk % len(rows)])
+        k = commit.shard
+        names = layout.data_file(site, k), layout.row_crc_file(site, k), layout.scale_file(site, k)
+        yield from check_file(Committed(place, *names, file, (commit,)), lambda chunk: rows[chunk % len(rows)])
 
 
 def _check_samples(name: str, layout: Layout, commit: Commit, table: Any) -> Iterator[Problem]:

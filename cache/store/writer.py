@@ -17,13 +17,13 @@ from hiddenlake.cache.errors import BadInputError, StoreError
 from hiddenlake.cache.positions import ABSENT
 from hiddenlake.cache.samples import Failure, Sample
 from hiddenlake.cache.store import claims as _claims
+from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.claims import Claims
 from hiddenlake.cache.store.coverage import Coverage
 from hiddenlake.cache.store.derived import rebuild
-from hiddenlake.cache.store.files import create_folder, write_atomic
 from hiddenlake.cache.store.layout import BUFFERS, Layout
 from hiddenlake.cache.store.publisher import Publisher
-from hiddenlake.cache.store.root import Root, grow, new_root, read_root
+from hiddenlake.cache.store.root import Root, grow, has_root, new_root, read_root
 from hiddenlake.cache.store.shard import Shard, ShardBuffer, TokenShard
 from hiddenlake.cache.store.sizes import check_buffers, choose_layout
 from hiddenlake.cache.store.spans import Spans, TokenPiece, TokenSpan
@@ -34,7 +34,7 @@ _FAILURES_SECONDS = 1.0
 
 
 def open_writer(
-    path: str | Path,
+    path: str | Path | Backend,
     *,
     identity: dict[str, Any],
     coverage: Coverage,
@@ -43,35 +43,37 @@ def open_writer(
     buffer_bytes: int = 2 << 30,
     shard_samples: int | None = None,
     shard_tokens: tuple[int, int] | None = None,
+    codec: str = "none",
 ) -> "Writer":
     """Create a capture, or open it to write more of it. Leftovers of dead writers are removed first.
 
+    path : a folder, or `s3://bucket/lake/name`.
     identity : what makes two activations the same numbers; plain JSON, compared field by field.
     provenance : engine, versions, hardware: plain JSON, kept with each commit.
     planned : samples of the whole run; the axes are made for them and grow when they must.
     buffer_bytes : memory that the shard buffers may take: two for samples, and two for tokens.
     shard_samples, shard_tokens : B, and (T, tokens a shard), where they should not be chosen by `choose_layout`; an
         existing capture keeps its own.
+    codec : of a new capture: `none`, `zstd`, or `fp8`, which loses something, measures it and says so.
 
     Raises IdentityError where the folder holds another identity or coverage, StoreError where it is
     not empty and no capture, of an unknown version, or the buffers do not fit.
     """
-    path = Path(path)
+    place = open_backend(path)
     identity, provenance = _plain("identity", identity), _plain("provenance", provenance)
     if planned < 0 or (shard_samples is not None and shard_samples < 1):
         raise ValueError(f"planned {planned} and shard_samples {shard_samples}: expected 0 or more, and 1 or more")
-    if not (path / "zarr.json").exists():
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise StoreError(f"{path} is not empty and is no capture: name another folder, or empty it")
-        layout = choose_layout(coverage, planned, buffer_bytes, shard_samples, shard_tokens)
+    if not has_root(place):
+        layout = choose_layout(coverage, planned, buffer_bytes, shard_samples, shard_tokens, codec)
         root = new_root(identity, layout, planned, provenance)
-        files = root.files() | root.layout.coordinates()
         # When another process was faster, its capture is opened, and checked, like any other.
-        create_folder(path, files, root.layout.folders(), _claims.LOCK)
-    root = read_root(path)
-    root.check(path, identity, coverage)
+        made = place.make(root.files() | layout.coordinates(), list(layout.folders()))
+        if not made and not has_root(place):
+            raise StoreError(f"{place} is not empty and is no capture: name another folder, or empty it")
+    root = read_root(place)
+    root.check(place, identity, coverage)
     check_buffers(root.layout, buffer_bytes)
-    return Writer(path, root, provenance)
+    return Writer(place, root, provenance)
 
 
 @dataclass(slots=True)
@@ -88,12 +90,12 @@ class _Filling:
 class Writer:
     """One process's hand on a capture; made by `open_writer`. Its methods may be called from several threads.
 
-    path : the capture's folder.
+    place : where the capture lies.
     layout : its files, and how large they are.
     """
 
-    def __init__(self, path: Path, root: Root, provenance: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, place: Backend, root: Root, provenance: dict[str, Any]) -> None:
+        self.place = place
         self.coverage = root.coverage
         self.layout: Layout = root.layout
         self._lock = threading.RLock()
@@ -107,15 +109,15 @@ class Writer:
         self._left = False
         self._failures: dict[str, tuple[Failure, datetime]] = {}
         self._failures_written = (0, -_FAILURES_SECONDS)
-        self._claims: Claims = _claims.enter(path, self.layout)
-        self._publisher = Publisher(path, self.layout, self._claims, provenance, self._lock)
+        self._claims: Claims = _claims.enter(place, self.layout)
+        self._publisher = Publisher(place, self.layout, self._claims, provenance, self._lock)
         self._spans = Spans(self.layout, self._lock, self._claim_tokens, self._publish_tokens, self._check)
         try:
             with self._claims.lock():
                 self._publisher.refresh()
                 self._claims.sweep(self._publisher.token_shards)
                 # Another process may have grown the axes since the root was read.
-                rebuild(path, read_root(path), list(self._publisher.commits.values()))
+                rebuild(place, read_root(place), list(self._publisher.commits.values()))
         except BaseException:
             self._publisher.close()
             self._claims.leave()
@@ -213,7 +215,7 @@ class Writer:
         with self._lock:
             self._check()
             if self.coverage.tokens is None:
-                raise StoreError(f"{self.path} holds no tokens: name tokens in its coverage to store them")
+                raise StoreError(f"{self.place} holds no tokens: name tokens in its coverage to store them")
             return self._spans.reserve(length)
 
     def piece(self, span: TokenSpan) -> TokenPiece | None:
@@ -332,7 +334,7 @@ class Writer:
     def _check(self) -> None:
         """Raise what went wrong in the background; from then on this writer only refuses."""
         if self._left:
-            raise StoreError(f"this writer of {self.path} is closed: open another one")
+            raise StoreError(f"this writer of {self.place} is closed: open another one")
         try:
             self._publisher.check()
         except StoreError:
@@ -354,7 +356,7 @@ class Writer:
             self._idle.append(self._buffers[-1])
         with self._claims.lock():
             number, fencing = self._claims.claim()
-            grow(self.path, number + 1, 0)
+            grow(self.place, number + 1, 0)
         filling = _Filling(Shard(number, fencing, self._idle.pop()), list(range(self.layout.samples)))
         self._filling.append(filling)
         return filling
@@ -363,7 +365,7 @@ class Writer:
         with self._claims.lock():
             self._publisher.refresh()
             claimed = self._claims.claim_tokens(first, shards, self._publisher.token_shards)
-            grow(self.path, 0, max(claimed, default=-1) + 1)
+            grow(self.place, 0, max(claimed, default=-1) + 1)
         return claimed
 
     def _publish(self, filling: _Filling) -> None:
@@ -379,7 +381,7 @@ class Writer:
             return
         if self._failures or count:
             data = encode_failures(self._failures.values())
-            write_atomic(self.path / "failures" / f"{self._claims.writer}.parquet", data)
+            self.place.write(f"failures/{self._claims.writer}.parquet", data)
         self._failures_written = len(self._failures), time.monotonic()
 
 

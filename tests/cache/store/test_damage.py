@@ -1,10 +1,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import zarr
 
 from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.store import open_capture
+from hiddenlake.cache.store.backend import open_backend
 from hiddenlake.cache.store.verify import verify
 
 SAMPLES = 10
@@ -45,9 +48,6 @@ def use_everything(path):
     [
         ("mlp_out/c.0.0.0.0", 5),  # a value
         ("mlp_out/c.0.0.1.0", 4096 * 7 + 100),  # a value of another cell
-        ("mlp_out/c.0.0.0.0", 24 * 2 * 4 + 1),  # a chunk's checksum
-        ("mlp_out/c.0.0.0.0", -20),  # the index
-        ("mlp_out/c.0.0.0.0", -1),  # the index's checksum
         ("embed/c.0.1.0", 9),
         ("samples/0.parquet", 60),
         ("samples/2.parquet", -9),
@@ -66,6 +66,50 @@ def test_a_flipped_bit_is_an_error_that_names_the_file(path, name, offset):
     report = verify(path)
     assert not report.ok and name in {problem.file for problem in report.problems}
     assert json.loads((path / "verify.json").read_text())["ok"] is False
+
+
+@pytest.mark.parametrize("offset", [24 * 2 * 4 + 1, -20, -1], ids=["chunk's checksum", "index", "index's checksum"])
+def test_a_flipped_bit_that_only_other_readers_see_is_found_and_changes_nothing(path, offset, assert_holds):
+    """Our reads go by the commit, which repeats both."""
+    name = "mlp_out/c.0.0.0.0"
+    flip(path / name, offset % (path / name).stat().st_size)
+    use_everything(path)
+    assert_holds(path, complete=SAMPLES)
+    assert [problem.file for problem in verify(path).problems] == [name]
+    group = zarr.open_group(path, mode="r")
+    with pytest.raises(ValueError, match="checksum"):
+        group["mlp_out"][:]
+
+
+def test_a_file_of_another_shard_is_no_file_of_this_one(path):
+    """All its own checksums are right, but they are not those that were committed."""
+    for name in ("mlp_out/c.0.0.{}.0", "row_crc/mlp_out/c.0.0.{}", "samples/{}.parquet"):
+        shutil.copy(path / name.format(1), path / name.format(0))
+    assert {problem.file for problem in verify(path).problems} >= {
+        "mlp_out/c.0.0.0.0", "row_crc/mlp_out/c.0.0.0", "samples/0.parquet"
+    }  # fmt: skip
+    capture = open_capture(path)
+    row = int(np.flatnonzero(capture.snapshot.shard == 0)[0])
+    for samples in (None, row):
+        with pytest.raises(CorruptError, match="was committed"):
+            capture.read("mlp_out", samples=samples)
+    with pytest.raises(CorruptError, match=r"samples/0\.parquet"):
+        capture.samples()
+
+
+def test_an_open_capture_never_reads_what_was_captured_later_in_its_place(path, tiny):
+    """A commit that was deleted, and its shard captured again with other samples in its slots."""
+    before = open_capture(path)
+    (path / "commits" / "0.json").unlink()
+    keys = [key for key in before.commits[0].keys if key is not None]
+    with tiny.open_tiny(path, SAMPLES) as writer:
+        assert sorted(writer.reserve(sorted(keys), len(keys))) == sorted(keys)
+        for name in sorted(keys, reverse=True)[1:] + sorted(keys)[-1:]:
+            tiny.add(writer, int(name.removeprefix("key-")))
+    assert open_capture(path).commits[0].keys != before.commits[0].keys
+    for samples in (None, keys[0]):
+        with pytest.raises(CorruptError, match="was committed"):
+            before.read("mlp_out", samples=samples)
 
 
 @pytest.mark.parametrize("offset", [8, -2])
@@ -146,19 +190,21 @@ def test_rules_are_verified_beyond_checksums(path, tiny):
     """A commit whose checksums are right vouches for nothing that breaks the store's rules."""
     from crc32c import crc32c
 
-    from hiddenlake.cache.store.commits import Commit, FileRecord, read_commit
+    from hiddenlake.cache.store.commits import ChunkRecord, Commit, read_commit
 
-    commit = read_commit(path, 0)
+    place = open_backend(path)
+    commit = read_commit(place, 0)
     layout = open_capture(path).snapshot.layout
     name, file = layout.data_file("embed", 0), layout.files["embed"]
     raw = bytearray((path / name).read_bytes())
     raw[0:2] = (0x7F80).to_bytes(2, "little")  # infinite
     raw[file.chunk_bytes : file.chunk_bytes + 4] = crc32c(bytes(raw[: file.chunk_bytes])).to_bytes(4, "little")
     (path / name).write_bytes(raw)
-    files = commit.files | {name: FileRecord(len(raw), crc32c(bytes(raw)))}
-    other = commit.keys[:-1] + (read_commit(path, 1).keys[0],)
+    crcs = crc32c(bytes(raw[: file.chunk_bytes])).to_bytes(4, "little") + commit.files[name].crcs[4:]
+    files = commit.files | {name: ChunkRecord(len(raw), crcs)}
+    other = commit.keys[:-1] + (read_commit(place, 1).keys[0],)
     (path / "commits" / "0.json").unlink()
-    Commit(0, commit.writer, 1, {}, other, commit.order, files, commit.time).publish(path)
+    Commit(0, commit.writer, 1, {}, other, commit.order, files, commit.time).publish(place)
     found = [str(problem) for problem in verify(path).problems]
     assert any("embed/c.0.0.0 at byte 0: row 0 of the chunk differs from its row_crc" in text for text in found)
     assert any("is in shard 0 too" in text for text in found)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hiddenlake.cache.errors import StoreError, UnknownNameError
-from hiddenlake.cache.store import open_capture, ranges
+from hiddenlake.cache.store import open_capture, opened
 
 SAMPLES = 19
 
@@ -38,7 +38,7 @@ def test_any_selection_reads_what_numpy_selects(capture, truth, data):
     samples = data.draw(axis([*range(SAMPLES), *capture.keys]))
     check = data.draw(st.booleans())
     if data.draw(st.booleans()):
-        ranges._cache.clear()
+        opened._arrays.clear()
 
     def take(array, along, known, wanted):
         if wanted is None:

@@ -12,7 +12,8 @@ import pytest
 
 from hiddenlake.cache.errors import CaptureError, StoreError
 from hiddenlake.cache.positions import Tokens
-from hiddenlake.cache.store import attach, files, open_capture
+from hiddenlake.cache.store import attach, open_capture
+from hiddenlake.cache.store.local import LocalBatch
 from hiddenlake.cache.store.verify import verify
 
 T, K = 4, 16
@@ -116,10 +117,8 @@ def test_buffers_go_to_shards_in_order_so_that_none_waits_for_ever(tiny, tmp_pat
 
 def test_a_piece_waits_while_both_buffers_are_published(tiny, tmp_path, alone, monkeypatch, assert_holds):
     gate = threading.Event()
-    write_atomic = files.write_atomic
-    monkeypatch.setattr(
-        "hiddenlake.cache.store.publisher.write_atomic", lambda *a, **k: (gate.wait(10), write_atomic(*a, **k))
-    )
+    add = LocalBatch.add
+    monkeypatch.setattr(LocalBatch, "add", lambda *a: (gate.wait(10), add(*a)))
     with tiny.open_tiny(tmp_path / "c", 30, coverage=alone) as writer:
         shard, slot, i, span, found = begin(tiny, writer, LONG)
         for piece in (writer.piece(span), writer.piece(span)):
@@ -401,7 +400,7 @@ def test_what_a_writer_leaves_that_dies_later_is_removed_by_the_next_to_claim_it
         left = [name for shard in range(3) for name in living.layout.token_files_of(shard)]
         assert all((path / name).exists() for name in left)
         dead._publisher.close()
-        dead._claims._file.release()  # as the system does for a process that is killed
+        dead._claims._member._lock.release()  # as the system does for a process that is killed
         begun = begin(tiny, living, 0)
         piece = living.piece(begun[3])
         assert (piece.shard.number, piece.shard.fencing) == (0, 2)

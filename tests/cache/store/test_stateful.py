@@ -134,7 +134,7 @@ class Writers(RuleBasedStateMachine):
         publisher, claims = one[0]._publisher, one[0]._claims
         publisher._error = RuntimeError("dead")
         publisher.close()
-        claims._file.release()
+        claims._member._lock.release()
 
     @invariant()
     def what_is_committed_is_what_was_added(self):

@@ -1,0 +1,210 @@
+"""Local folders as a backend."""
+
+import mmap
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from hiddenlake.cache.store import files
+from hiddenlake.cache.store.files import FileLock, is_locked, storing
+
+LOCK = "writers/lock"
+
+# Reads in flight that hide a cold disk's latency, also on few cores.
+_PARALLEL = 16
+
+
+class LocalBackend:
+    """See Backend. A writer lives as long as it holds the flock on its file in writers/: a process that dies, lets go."""
+
+    exact = True
+    parallel = _PARALLEL
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"LocalBackend({str(self.path)!r})"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LocalBackend) and other.path == self.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def child(self, name: str) -> "LocalBackend":
+        return LocalBackend(self.path / name)
+
+    def list_folders(self) -> list[str]:
+        return files.list_folders(self.path)
+
+    def generation(self) -> Hashable:
+        return files.identity(self.path)
+
+    def read(self, name: str) -> bytes:
+        return files.read(self.path / name)
+
+    def open(self, name: str) -> "LocalFile":
+        return LocalFile(self.path / name)
+
+    def list_files(self, folder: str) -> list[str]:
+        return files.list_files(self.path / folder)
+
+    def size(self, name: str) -> int:
+        return files.size(self.path / name)
+
+    def write(self, name: str, data: bytes, durable: bool = True) -> None:
+        files.write_atomic(self.path / name, data, durable=durable)
+
+    def create(self, name: str, data: bytes) -> bool:
+        return files.create_exclusive(self.path / name, data)
+
+    def replace(self, name: str, old: bytes, new: bytes) -> bool:
+        # Whoever replaces holds the lock, which no other process gets meanwhile.
+        if self.read(name) != old:
+            return False
+        self.write(name, new)
+        return True
+
+    def remove(self, name: str) -> None:
+        files.remove(self.path / name)
+
+    def batch(self) -> "LocalBatch":
+        return LocalBatch(self.path)
+
+    def make(self, files_: dict[str, bytes], folders: Sequence[str]) -> bool:
+        return files.create_folder(self.path, files_, folders, LOCK)
+
+    def delete(self) -> None:
+        files.delete_folder(self.path)
+
+    def final_name(self, name: str) -> str | None:
+        return files.final_name(name)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        with storing(self.path), FileLock(self.path / LOCK):
+            yield
+
+    def join(self, writer: str) -> "LocalMember":
+        return LocalMember(self._file(writer))
+
+    def writers(self) -> list[str]:
+        return [name[:-6] for name in self.list_files("writers") if name.endswith(".jsonl")]
+
+    def lives(self, writer: str) -> bool:
+        try:
+            return is_locked(self._file(writer))
+        except FileNotFoundError:
+            return False
+
+    def appended(self, writer: str) -> list[bytes]:
+        with suppress(FileNotFoundError):
+            return files.read(self._file(writer)).splitlines()
+        return []
+
+    def forget(self, writer: str) -> None:
+        files.remove(self._file(writer))
+
+    def _file(self, writer: str) -> Path:
+        return self.path / "writers" / f"{writer}.jsonl"
+
+
+class LocalMember:
+    """See Member: an open file that is locked."""
+
+    def __init__(self, file: Path) -> None:
+        self._lock = FileLock(file)
+
+    def append(self, data: bytes) -> None:
+        self._lock.append(data + b"\n")
+
+    def check(self) -> None:
+        """A lock that is held is never taken for another."""
+
+    def leave(self) -> None:
+        files.remove(self._lock.path)
+        self._lock.release()
+
+
+class LocalBatch:
+    """See Batch. `add` writes beside the name; `publish` fsyncs, renames, and fsyncs each folder once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open: list[tuple[Path, files.Unfinished]] = []
+
+    def add(self, name: str, parts: Iterable, size: int | None = None) -> None:
+        file = self.path / name
+        with storing(file):
+            self._open.append((file, files.write_beside(file, parts, size)))
+
+    def publish(self) -> None:
+        try:
+            for file, unfinished in self._open:
+                with storing(file):
+                    unfinished.sync()
+            folders = {}
+            while self._open:
+                file, unfinished = self._open[0]
+                with storing(file):
+                    unfinished.rename(file)
+                self._open.pop(0)
+                folders[file.parent] = None
+            for folder in folders:
+                with storing(folder):
+                    files.fsync_folder(folder)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        while self._open:
+            self._open.pop()[1].discard()
+
+
+class LocalFile:
+    """See File."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = files.open_read(path)
+        self._map: np.ndarray | None = None
+        try:
+            self.size = files.descriptor_size(self._descriptor)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, offset: int, out: np.ndarray) -> None:
+        files.pread_into(self._descriptor, out, offset)
+
+    def read_cached(self, offset: int, out: np.ndarray) -> bool:
+        return files.pread_cached(self._descriptor, out, offset)
+
+    def will_need(self, offset: int, length: int) -> None:
+        files.will_need(self._descriptor, offset, length)
+
+    def mapped(self) -> np.ndarray | None:
+        if self._map is None and self.size:
+            self._map = np.frombuffer(mmap.mmap(self._descriptor, self.size, prot=mmap.PROT_READ), np.uint8)
+        return self._map
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            files.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):  # half made, or the interpreter is ending
+            self.close()

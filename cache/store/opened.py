@@ -1,0 +1,174 @@
+"""Opened files: committed activation files and what their commits say of their bytes, kept open between reads."""
+
+import os
+import resource
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from hiddenlake.cache.errors import CorruptError
+from hiddenlake.cache.store.backend import Backend, File
+from hiddenlake.cache.store.commits import ChunkRecord, Commit, read_array, remedy
+from hiddenlake.cache.store.shard_file import ShardFile
+
+# Row checksums and scales that stay in memory: a third of a percent of the activations that they stand for.
+_CACHE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """One activation file that commits vouch for.
+
+    place : the capture.  name, row_crc, scale : the file, its rows' checksums and their scales, inside the capture.
+    shape : where its bytes lie.  commits : who vouches for it, at least one.
+    """
+
+    place: Backend
+    name: str
+    row_crc: str
+    scale: str
+    shape: ShardFile
+    commits: tuple[Commit, ...]
+
+    def __str__(self) -> str:
+        return f"{self.place}/{self.name}"
+
+    @property
+    def record(self) -> ChunkRecord:
+        return self.commits[0].files[self.name]
+
+    @property
+    def shards(self) -> list[int]:
+        return [commit.shard for commit in self.commits]
+
+    @property
+    def remedy(self) -> str:
+        return remedy(self.place, self.shards)
+
+    @property
+    def key(self) -> tuple:
+        """A shard that is captured again has another commit, and its checksums tell the two apart."""
+        commit = self.commits[0]
+        return str(self.place), self.name, commit.writer, commit.fencing, self.record.crcs
+
+
+class OpenFile:
+    """A committed file, open. It stays what it is when its name is removed or used again.
+
+    offsets, lengths : (place,) where each chunk that is in the file starts, and its bytes without the checksum.
+    crcs : (place,) crc32c of each as it is stored, from the commit.
+    """
+
+    def __init__(self, committed: Committed) -> None:
+        self.committed = committed
+        shape, record = committed.shape, committed.record
+        self.lengths = shape.lengths(record)
+        self.crcs = np.frombuffer(record.crcs, "<u4")
+        if not len(self.lengths) == len(self.crcs) == len(shape.present):
+            raise CorruptError(
+                f"{committed}: its commit lists {len(self.crcs)} chunks, but the layout has {len(shape.present)}: "
+                f"{committed.remedy}"
+            )
+        ends = shape.offsets(self.lengths)
+        self.offsets = ends[:-1]
+        expected = int(ends[-1]) + shape.index_bytes
+        try:
+            self.file: File = committed.place.open(committed.name)
+        except OSError as error:
+            raise CorruptError(
+                f"{committed}: {error.strerror}, but shard {committed.shards[0]} was committed with it "
+                f"({record.size} bytes): {committed.remedy}"
+            ) from error
+        if not self.file.size == record.size == expected:
+            raise CorruptError(
+                f"{committed}: {self.file.size} bytes, but {record.size} were committed (it ends at byte "
+                f"{self.file.size}): {committed.remedy}"
+            )
+
+    @cached_property
+    def rows(self) -> np.ndarray | None:
+        """(place, row, width) as stored, mapped: fetched where it is touched. None where that cannot be done."""
+        shape = self.committed.shape
+        memory = self.file.mapped() if shape.fixed else None
+        if memory is None:
+            return None
+        strides = (shape.pitch, shape.row_bytes, shape.stored.itemsize)
+        return np.ndarray((len(self.lengths), shape.rows, shape.width), shape.stored, memory, 0, strides)
+
+    @property
+    def has_row_checksums(self) -> bool:
+        return (*self.committed.key, "row_crc") in _arrays
+
+    @property
+    def row_checksums(self) -> np.ndarray:
+        """(place, row) crc32c of each row, uint32, itself checked."""
+        return self._array("row_crc", self.committed.row_crc, "<u4")
+
+    @property
+    def scale(self) -> np.ndarray | None:
+        """(place, row) float32, checked; None where there is none."""
+        return self._array("scale", self.committed.scale, "<f4") if self.committed.shape.codec == "fp8" else None
+
+    def _array(self, kind: str, name: str, dtype: str) -> np.ndarray:
+        key = (*self.committed.key, kind)
+        found = _arrays.get(key)
+        if found is None:
+            one, shape = self.committed, self.committed.shape
+            every = read_array(one.place, name, one.commits[0].files[name], one.shards, dtype)
+            if len(every) != len(shape.place) * shape.rows:
+                raise CorruptError(f"{one.place}/{name}: {len(every)} numbers, but the layout has others: {one.remedy}")
+            found = every.reshape(len(shape.place), shape.rows)[shape.present]
+            with _lock:
+                _arrays[key] = found
+                while sum(entry.nbytes for entry in _arrays.values()) > _CACHE_BYTES and len(_arrays) > 1:
+                    _arrays.popitem(last=False)
+        return found
+
+
+def most_open() -> int:
+    """How many files may stay open: each takes one descriptor, and a second one once it is mapped."""
+    return max(32, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+
+
+def open_committed(committed: Committed) -> OpenFile:
+    """Open a file, or find it open. Raises CorruptError where it is missing or has another size."""
+    key = (os.getpid(), *committed.key)
+    with _lock:
+        found = _files.get(key)
+        if found is not None:
+            _files.move_to_end(key)
+            return found
+    found = OpenFile(committed)
+    with _lock:
+        # The last reference closes it, which may be a read that is going on.
+        found = _files.setdefault(key, found)
+        while len(_files) > most_open():
+            _files.popitem(last=False)
+    return found
+
+
+def check_size(committed: Committed) -> None:
+    """Raise CorruptError unless a file is there and as large as its commit says."""
+    try:
+        found = committed.place.size(committed.name)
+    except OSError as error:
+        raise CorruptError(f"{committed}: {error.strerror}: {committed.remedy}") from error
+    if found != committed.record.size:
+        raise CorruptError(
+            f"{committed}: {found} bytes, but {committed.record.size} were committed: {committed.remedy}"
+        )
+
+
+def close_all(place: Backend) -> None:
+    """Let go of the files of a capture that is going away."""
+    with _lock:
+        for key in [key for key in _files if key[1] == str(place)]:
+            del _files[key]
+
+
+_lock = threading.Lock()
+_files: OrderedDict[tuple, OpenFile] = OrderedDict()
+_arrays: OrderedDict[tuple, np.ndarray] = OrderedDict()
