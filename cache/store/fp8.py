@@ -70,7 +70,7 @@ def decode(codes: np.ndarray, scale: np.ndarray, dtype: str = "float32") -> np.n
     """code * scale, in float32, and rounded once more for bfloat16: to nearest, ties to even.
 
     codes : (..., width) uint8.  scale : (...,) float32.
-    dtype : `float32`, or `bfloat16` where the rows were no larger than that, as those of a float32 capture may be.
+    dtype : `float32` or `bfloat16`. In bfloat16 what float32 rows held beyond 3.39e38, its largest, is infinite.
     Returns (..., width), numpy.float32 or ml_dtypes.bfloat16. Absent rows are the NaN that the store fills with. It
     works in blocks, as `encode` does.
 
