@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from _kernels import about
 from _table import machine
-from gather import about
 
 from hiddenlake.cache.rows import TapTable
 from hiddenlake.cache.worker.staging import make_staging

@@ -9,28 +9,22 @@ written once. Rounds are interleaved. Needs torch, triton and numpy only.
 """
 
 import argparse
-import importlib.util
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from _table import Row, compare, machine, print_table, write_json
+from _kernels import COPIED, LIMIT, about, device_copy, in_turns, kernel
+from _table import Row, compare, print_table, write_json
 
 ROUNDS, QUICK = 20, 5
-MEASURED = 0.02  # seconds of one measurement: some hundred replays, far above the resolution of events (0.5 us)
-COPIED = 1 << 29  # bytes of the copied buffer: ten times an H100's L2 cache
 TORCH = "torch index_select + add + index_copy"
-LIMIT = "device-to-device copy (the limit)"
 
 
 @dataclass(frozen=True)
@@ -75,16 +69,7 @@ def main() -> None:
         write_json(arguments.json, rows, facts)
 
 
-def kernel():
-    """kernels/gather.py by its path: `import hiddenlake` asks for packages that a GPU machine may lack."""
-    path = Path(__file__).parents[2] / "kernels" / "gather.py"
-    spec = importlib.util.spec_from_file_location("gather", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gather = kernel()
+gather = kernel("gather")
 
 
 def make(case: Case) -> list[tuple]:
@@ -129,9 +114,7 @@ def measured(case: Case, rounds: int) -> list[Row]:
     taps[0][5].fill_(torch.nan)
     ours()
     check(case, taps)
-    source = torch.empty(COPIED, dtype=torch.uint8, device="cuda").random_()
-    copy = partial(torch.empty_like(source).copy_, source)
-    times = in_turns(rounds, ours, captured(torch_way, taps), copy)
+    times = in_turns(rounds, ours, captured(torch_way, taps), device_copy())
     moved = (case.bytes, case.bytes, 2 * COPIED)
     speeds = [[m / t / 1e9 for t in each] for m, each in zip(moved, times, strict=True)]
     note = f"{statistics.median(times[0]) / case.taps * 1e6:.2f} us a tap"
@@ -169,37 +152,6 @@ def captured(function: Callable, taps: list[tuple]) -> Callable[[], None]:
         for tap in taps:
             function(*tap)
     return graph.replay
-
-
-def in_turns(rounds: int, *works: Callable[[], object]) -> list[list[float]]:
-    """Seconds of one call of each in each round, in rotated order."""
-    repeats = [max(1, round(MEASURED / seconds(work, 3))) for work in works]
-    times: list[list[float]] = [[] for _ in works]
-    for k in range(rounds):
-        order = [*range(k % len(works), len(works)), *range(k % len(works))]
-        for i in order:
-            times[i].append(seconds(works[i], repeats[i]))
-    return times
-
-
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Device seconds of one call, after one that is not counted."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    work()
-    start.record()
-    for _ in range(repeats):
-        work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
-
-
-def about() -> dict[str, Any]:
-    smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = "unknown (no nvidia-smi)"
-    if shutil.which(smi[0]):
-        driver = subprocess.run(smi, capture_output=True, text=True, check=True).stdout.split()[0]
-    return {"GPU": torch.cuda.get_device_name(), "driver": driver} | machine("torch", "triton")
 
 
 if __name__ == "__main__":

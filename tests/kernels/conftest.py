@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hiddenlake.kernels import gather
+from hiddenlake.kernels import gather, quantize
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,12 @@ def device() -> Iterator[torch.device]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setattr(interpreter, "_convert_float", _rounding(interpreter))
-        gather._jitted.cache_clear()
+        patch.setattr(interpreter.tl, "max", _maximum)
+        for module in (gather, quantize):
+            module._jitted.cache_clear()
         yield torch.device("cpu")
-    gather._jitted.cache_clear()
+    for module in (gather, quantize):
+        module._jitted.cache_clear()
 
 
 def _rounding(interpreter: ModuleType) -> Callable:
@@ -39,3 +42,10 @@ def _rounding(interpreter: ModuleType) -> Callable:
             return data.view(types[source]).astype(types[target])
 
     return converted
+
+
+def _maximum(values: object, axis: int) -> object:
+    """tl.max, which is written in Triton, and so was made for the compiler when Triton was imported."""
+    from triton import language as tl
+
+    return tl.reduce(values, axis, tl.standard._elementwise_max)  # the interpreter replaces tl.reduce, and knows this
