@@ -32,7 +32,7 @@ class Encoding:
         self._chunks = chunks
         self._image: np.ndarray | None = None
         if file.codec == "fp8":
-            self.scale, self.loss = np.full(checksums.shape, np.nan, "<f4"), Loss(0.0, 0.0, 0)
+            self.scale, self.loss = np.full(checksums.shape, np.nan, "<f4"), Loss()
 
     @classmethod
     def of_image(cls, file: ShardFile, image: np.ndarray, checksums: np.ndarray) -> "Encoding":
@@ -78,9 +78,10 @@ class Encoding:
             return compress(bits, ZSTD_LEVEL)
         from hiddenlake.cache.store import fp8
 
-        codes, self.scale[number] = fp8.encode(bits, self.file.dtype)
+        rows = bits.view(DTYPES[self.file.dtype][1])
+        codes, self.scale[number] = fp8.encode(rows)
         self.checksums[number] = row_checksums(codes)
-        self.loss += Loss(*fp8.error(bits, codes, self.scale[number], self.file.dtype))
+        self.loss += fp8.error(rows, codes, self.scale[number])
         return codes
 
 
@@ -118,7 +119,8 @@ def values(stored: np.ndarray, scale: np.ndarray | None, file: ShardFile, wanted
     if file.codec == "fp8":
         from hiddenlake.cache.store import fp8
 
-        fp8.decode(stored, scale, "float32" if wanted == "float32" else file.dtype, out)
+        to = "bfloat16" if out.dtype.itemsize == 2 and file.dtype == "bfloat16" else "float32"
+        out[...] = fp8.decode(stored, scale, to)
     elif wanted == "stored" or file.dtype == "float32":
         out[...] = stored.view(out.dtype)
     elif file.dtype == "bfloat16":

@@ -17,19 +17,21 @@ from hiddenlake.cache.store.signing import check_signed, sign, to_json_bytes
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What a lossy codec lost, measured on every row that was stored.
+    """What a lossy codec lost. Two are added into that of all their rows.
 
-    relative : the largest relative L2 error of a row.  cosine : the mean of 1 - cosine.  rows : how many were measured.
+    relative : largest ||row - decoded|| / ||row||, Euclidean, of a row.
+    cosine : mean of 1 - cos(row, decoded) over the rows.
+    rows : how many were measured: all but absent ones. Without any, the others are 0.
     """
 
-    relative: float
-    cosine: float
-    rows: int
+    relative: float = 0.0
+    cosine: float = 0.0
+    rows: int = 0
 
     def __add__(self, other: "Loss") -> "Loss":
         rows = self.rows + other.rows
-        cosine = (self.cosine * self.rows + other.cosine * other.rows) / rows if rows else 0.0
-        return Loss(max(self.relative, other.relative), cosine, rows)
+        cosine = (self.cosine * self.rows + other.cosine * other.rows) / max(1, rows)
+        return Loss(float(np.maximum(self.relative, other.relative)), cosine, rows)  # a NaN stays one
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ Codes are stored as uint8, because Zarr has no name for float8_e4m3fn: its float
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
 from hiddenlake.cache.errors import BadInputError
+from hiddenlake.cache.store.commits import Loss
 from hiddenlake.cache.store.coverage import DTYPES
 
 NAN = 0x7F  # the code of a NaN
@@ -22,25 +22,6 @@ _VALUES[[0x7F, 0xFF]] = np.nan  # ml_dtypes' NaN of 0xFF has a sign, which an ab
 
 _ROWS = (np.dtype("<u2"), np.dtype(ml_dtypes.bfloat16), np.dtype("<f2"), np.dtype("<f4"))
 _FLOAT16 = np.dtype("<f2")
-
-
-@dataclass(frozen=True, slots=True)
-class Error:
-    """What rows lost. Two are added into that of all their rows.
-
-    relative : largest ||row - decoded|| / ||row||, Euclidean, of a row.
-    cosine : mean of 1 - cos(row, decoded) over the rows.
-    rows : how many were measured: all but absent ones. Without any, the others are 0.
-    """
-
-    relative: float = 0.0
-    cosine: float = 0.0
-    rows: int = 0
-
-    def __add__(self, other: "Error") -> "Error":
-        rows = self.rows + other.rows
-        cosine = (self.cosine * self.rows + other.cosine * other.rows) / max(1, rows)
-        return Error(float(np.maximum(self.relative, other.relative)), cosine, rows)  # a NaN stays one
 
 
 def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +70,7 @@ def decode(codes: np.ndarray, scale: np.ndarray, dtype: str = "float32") -> np.n
     return out
 
 
-def error(rows: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> Error:
+def error(rows: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> Loss:
     """What `rows` lost when they became `codes` and `scale`, in float64, decoded to float32.
 
     rows, codes, scale : as `encode` takes and gives them. A row that is absent in both is left out. One that is
@@ -101,7 +82,7 @@ def error(rows: np.ndarray, codes: np.ndarray, scale: np.ndarray) -> Error:
     _check_codes(codes, scale)
     if rows.shape != codes.shape:
         raise BadInputError(f"rows of shape {rows.shape} for codes of shape {codes.shape}: expected the same")
-    total = Error()
+    total = Loss()
     work = np.empty(max(_BLOCK, rows.shape[-1]), np.float32)
     for part, part_codes, part_scale in _blocks(rows, codes, scale):
         wide = work[: part.size].reshape(part.shape)
@@ -170,20 +151,20 @@ def _decode(codes: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
     out *= scale[:, None]
 
 
-def _error(x: np.ndarray, y: np.ndarray) -> Error:
+def _error(x: np.ndarray, y: np.ndarray) -> Loss:
     """Of rows x, decoded as y, (row, width) float64. 1 - cos by the law of cosines, which keeps small angles."""
     xx, yy, dd = (np.einsum("ij,ij->i", a, a) for a in (x, y, x - y))
     measured = ~(np.isnan(xx) & np.isnan(yy))
     xx, yy, dd = xx[measured], yy[measured], dd[measured]
     if not len(xx):
-        return Error()
+        return Loss()
     # A row of zeros has neither: it lost nothing where it stayed zero, everything where it did not.
     lost = np.where(dd == 0, 0.0, np.inf)
     relative = np.sqrt(np.divide(dd, xx, out=lost, where=xx != 0))
     norms = np.sqrt(xx * yy)
     angle = dd - (np.sqrt(xx) - np.sqrt(yy)) ** 2
     cosine = np.divide(angle, 2 * norms, out=np.where(dd == 0, 0.0, 1.0), where=norms != 0)
-    return Error(float(relative.max()), float(cosine.mean()), len(xx))
+    return Loss(float(relative.max()), float(cosine.mean()), len(xx))
 
 
 def _blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:

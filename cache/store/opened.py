@@ -116,16 +116,20 @@ class OpenFile:
         key = (*self.committed.key, kind)
         found = _arrays.get(key)
         if found is None:
-            one, shape = self.committed, self.committed.shape
-            every = read_array(one.place, name, one.commits[0].files[name], one.shards, dtype)
-            if len(every) != len(shape.place) * shape.rows:
-                raise CorruptError(f"{one.place}/{name}: {len(every)} numbers, but the layout has others: {one.remedy}")
-            found = every.reshape(len(shape.place), shape.rows)[shape.present]
+            found = self.load(name, dtype)
             with _lock:
                 _arrays[key] = found
                 while sum(entry.nbytes for entry in _arrays.values()) > _CACHE_BYTES and len(_arrays) > 1:
                     _arrays.popitem(last=False)
         return found
+
+    def load(self, name: str, dtype: str) -> np.ndarray:
+        """(place, row) numbers of the file of row checksums, or of scales, as it lies there now. Raises CorruptError."""
+        one, shape = self.committed, self.committed.shape
+        every = read_array(one.place, name, one.commits[0].files[name], one.shards, dtype)
+        if len(every) != len(shape.place) * shape.rows:
+            raise CorruptError(f"{one.place}/{name}: {len(every)} numbers, but the layout has others: {one.remedy}")
+        return every.reshape(len(shape.place), shape.rows)[shape.present]
 
 
 def most_open() -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from hiddenlake.cache.errors import CorruptError, UnknownNameError
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.backend import Backend, open_backend
-from hiddenlake.cache.store.commits import Commit, list_commits, read_commit
+from hiddenlake.cache.store.commits import Commit, Loss, list_commits, read_commit
 from hiddenlake.cache.store.coverage import EMBED, Coverage
 from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.root import read_root
@@ -116,6 +116,19 @@ class Capture:
         """Bytes of all committed files."""
         # Commits share token shards.
         return sum({name: record.size for commit in self.commits for name, record in commit.files.items()}.values())
+
+    @property
+    def codec(self) -> str:
+        """How chunks are stored: `none`, `zstd` or `fp8`."""
+        return self.snapshot.layout.codec
+
+    def losses(self) -> dict[str, Loss]:
+        """What a lossy codec lost, by array (`mlp_out`, `tokens/mlp_out`), measured on all rows. Empty without one."""
+        found: dict[str, Loss] = {}
+        for commit in self.commits:
+            for name, loss in commit.losses.items():
+                found[name] = found.get(name, Loss()) + loss
+        return found
 
     def samples(self) -> "pyarrow.Table":
         """All committed samples in task order, with the columns of `tables.SAMPLE_COLUMNS`. Raises CorruptError."""

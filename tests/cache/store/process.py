@@ -13,6 +13,7 @@ from hiddenlake.cache.positions import ABSENT, Tokens, resolve
 from hiddenlake.cache.samples import Sample
 from hiddenlake.cache.sites import SITES as ALL_SITES
 from hiddenlake.cache.store import Coverage, open_writer
+from hiddenlake.cache.store.coverage import DTYPES
 from hiddenlake.cache.store.layout import encode_strings
 from hiddenlake.cache.store.tables import encode_samples
 
@@ -53,7 +54,9 @@ def sample(i, positions=POSITIONS):
 
 def bits(i, kind, site, shape, dtype):
     values = np.random.default_rng([i, kind, list(ALL_SITES).index(site)]).normal(size=shape).astype(np.float32)
-    return values if dtype == "float32" else values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    if dtype == "float32":
+        return values
+    return values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16).view(np.uint16)
 
 
 def rows(i, c=None):
@@ -64,7 +67,7 @@ def rows(i, c=None):
     for site, width in c.widths.items():
         outer = (len(c.layers),) if ALL_SITES[site].layered else ()
         found[site] = bits(i, 0, site, (*outer, len(c.positions), width), c.dtype)
-        found[site][..., absent, :] = 0x7FC0 if c.dtype == "bfloat16" else np.nan
+        found[site][..., absent, :] = DTYPES[c.dtype][2]
     return found
 
 

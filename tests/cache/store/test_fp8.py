@@ -13,8 +13,9 @@ from hypothesis.extra import numpy as hnp
 
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.store import fp8
+from hiddenlake.cache.store.commits import Loss
 from hiddenlake.cache.store.coverage import DTYPES
-from hiddenlake.cache.store.fp8 import Error, decode, encode, error
+from hiddenlake.cache.store.fp8 import decode, encode, error
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # What may go wrong: signs of zero, ties at scale 1 and between subnormal codes, the ends of every dtype, the largest
@@ -147,7 +148,7 @@ def test_rows_may_lie_anyhow():
             turned = (np.asfortranarray(codes), np.asfortranarray(scale))
             assert same(decode(*turned), decode(codes, scale)), name
         found, expected = error(values, codes, scale), error(tidy, codes, scale)
-        assert found == Error(expected.relative, pytest.approx(expected.cosine, rel=1e-12), expected.rows), name
+        assert found == Loss(expected.relative, pytest.approx(expected.cosine, rel=1e-12), expected.rows), name
 
 
 @pytest.mark.parametrize("dtype", (np.dtype("<u2"), np.dtype("<f2"), np.dtype("<f4")), ids=str)
@@ -188,7 +189,7 @@ def test_error_is_measured():
     assert found.rows == 149 and found.relative == pytest.approx(max(relative), rel=1e-12)
     assert found.cosine == pytest.approx(sum(cosine) / 149, rel=1e-9)  # the row of zeros lost nothing
     assert 0.01 < found.relative < 1 / 16 and 1e-4 < found.cosine < 1e-3
-    assert error(values[:20], codes[:20], scale[:20]) + error(values[20:], codes[20:], scale[20:]) == Error(
+    assert error(values[:20], codes[:20], scale[:20]) + error(values[20:], codes[20:], scale[20:]) == Loss(
         found.relative, pytest.approx(found.cosine, rel=1e-12), 149
     )
 
@@ -198,25 +199,25 @@ def test_error_of_a_known_row():
     values = np.array([[448, 17], [448, -17]], np.float32)
     found = error(values, *encode(values))
     angle = np.arctan2(17, 448) - np.arctan2(16, 448)
-    assert found == Error(pytest.approx(1 / np.hypot(448, 17)), pytest.approx(1 - np.cos(angle), rel=1e-9), 2)
+    assert found == Loss(pytest.approx(1 / np.hypot(448, 17)), pytest.approx(1 - np.cos(angle), rel=1e-9), 2)
     exact = np.array([[448, 16, -1, 0]], np.float32)
-    assert error(exact, *encode(exact)) == Error(0, 0, 1)
+    assert error(exact, *encode(exact)) == Loss(0, 0, 1)
 
 
 def test_error_of_what_is_not_there():
     values = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
     codes, scale = encode(values)
     absent = np.full_like(values, np.nan)
-    assert error(absent, *encode(absent)) == Error() == Error() + Error()
+    assert error(absent, *encode(absent)) == Loss() == Loss() + Loss()
     for other in (
         error(absent, codes, scale),
         error(values, *encode(absent)),
-        Error(0.1, 0.1, 4) + error(absent, codes, scale),
+        Loss(0.1, 0.1, 4) + error(absent, codes, scale),
     ):
         assert np.isnan(other.relative) and np.isnan(other.cosine)
     lost = error(values, np.zeros_like(codes), scale)
-    assert lost == Error(1, 1, 2)
-    assert error(np.zeros_like(values), codes, scale) == Error(np.inf, 1, 2)
+    assert lost == Loss(1, 1, 2)
+    assert error(np.zeros_like(values), codes, scale) == Loss(np.inf, 1, 2)
 
 
 @settings(max_examples=200)
