@@ -119,8 +119,7 @@ def values(stored: np.ndarray, scale: np.ndarray | None, file: ShardFile, wanted
     if file.codec == "fp8":
         from hiddenlake.cache.store import fp8
 
-        to = "bfloat16" if out.dtype.itemsize == 2 and file.dtype == "bfloat16" else "float32"
-        out[...] = fp8.decode(stored, scale, to)
+        out[...] = fp8.decode(stored, scale, "float32" if wanted == "float32" else file.dtype)
     elif wanted == "stored" or file.dtype == "float32":
         out[...] = stored.view(out.dtype)
     elif file.dtype == "bfloat16":

@@ -48,11 +48,11 @@ def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode(codes: np.ndarray, scale: np.ndarray, dtype: str = "float32") -> np.ndarray:
-    """code * scale, in float32, and rounded once more for bfloat16: to nearest, ties to even.
+    """code * scale, in float32, and rounded once more for the other types: to nearest, ties to even.
 
     codes : (..., width) uint8.  scale : (...,) float32.
-    dtype : `float32` or `bfloat16`. In bfloat16 what float32 rows held beyond 3.39e38, its largest, is infinite.
-    Returns (..., width), numpy.float32 or ml_dtypes.bfloat16. Absent rows are the NaN that the store fills with. It
+    dtype : one of DTYPES. What rows held beyond the largest number of the type that they are decoded to, is infinite.
+    Returns (..., width). Absent rows are the NaN that the store fills with. It
     works in blocks, as `encode` does.
 
     Raises BadInputError if dtypes or shapes do not fit.
