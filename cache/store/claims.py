@@ -9,7 +9,7 @@ either it or the writer's own is there.
 
 import json
 import secrets
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -164,14 +164,18 @@ class Claims:
     def _derived(self, shard: int) -> list[str]:
         return list(self.layout.derived_files(shard).values())
 
-    def sweep(self, committed: Container[int]) -> None:
+    def sweep(
+        self, committed: Container[int], remove: Callable[[str], None] | None = None, forget: bool = True
+    ) -> None:
         """Remove what dead writers left: unfinished files, and shards without a commit. Under the lock.
 
         committed : token shards that the capture's commits, read under the same lock, vouch for.
+        remove : called with each file instead of removing it.  forget : whether dead writers are forgotten.
 
         What a living writer holds is never touched. Claims stay: the next to claim counts their fencing up.
         """
         commits = list_commits(self.place)
+        remove = remove or self.place.remove
 
         @cache
         def held(claim: str) -> bool:
@@ -190,9 +194,10 @@ class Claims:
                     # Without a claim it is metadata or itself a claim, which is written under the lock only.
                     left = claim is None or not held(claim)
                 if left:
-                    self.place.remove(f"{folder}/{name}" if folder else name)
-        for writer in set(self.place.writers()) - self.living:
-            self.place.forget(writer)
+                    remove(f"{folder}/{name}" if folder else name)
+        if forget:
+            for writer in set(self.place.writers()) - self.living:
+                self.place.forget(writer)
 
     def _claim_of(
         self, folder: str, name: str, commits: Container[int], committed: Container[int]

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -96,6 +96,7 @@ class Commit:
         slot; empty in a capture without tokens.
     token_shards : token shard -> how many of its chunks along the token axis are in its files.
     losses : array -> what its codec lost, for a lossy one; of tokens, over all rows of the token shards.
+    replaces : (shard, fencing) of commits that count no longer, since this one is there.
     """
 
     shard: int
@@ -109,6 +110,7 @@ class Commit:
     spans: tuple[tuple[int, int] | None, ...] = ()
     token_shards: dict[int, int] = field(default_factory=dict)
     losses: dict[str, Loss] = field(default_factory=dict)
+    replaces: tuple[tuple[int, int], ...] = ()
 
     def publish(self, place: Backend) -> None:
         """Make the shard exist, by exclusive creation.
@@ -120,7 +122,7 @@ class Commit:
         found = read_commit(place, self.shard)
         if (found.writer, found.fencing) != (self.writer, self.fencing):
             raise StoreError(
-                f"{place}/{_name(self.shard)}: shard {self.shard} was already committed by writer {found.writer}, "
+                f"{place}/{commit_file(self.shard)}: shard {self.shard} was already committed by writer {found.writer}, "
                 f"not by {self.writer}: these samples were not stored; run the same command again"
             )
 
@@ -141,11 +143,9 @@ class Commit:
             body["token_shards"] = {str(shard): columns for shard, columns in self.token_shards.items()}
         if self.losses:
             body["losses"] = {name: asdict(loss) for name, loss in self.losses.items()}
-        return place.create(_name(self.shard), to_json_bytes(sign(body)))
-
-
-def _name(shard: int) -> str:
-    return f"commits/{shard}.json"
+        if self.replaces:
+            body["replaces"] = [list(pair) for pair in self.replaces]
+        return place.create(commit_file(self.shard), to_json_bytes(sign(body)))
 
 
 def list_commits(place: Backend) -> set[int]:
@@ -159,9 +159,9 @@ def list_commits(place: Backend) -> set[int]:
 
 def read_commit(place: Backend, shard: int) -> Commit:
     """Read and check one commit. Raises CorruptError, StoreError."""
-    file = f"{place}/{_name(shard)}"
+    file = f"{place}/{commit_file(shard)}"
     try:
-        document = json.loads(place.read(_name(shard)))
+        document = json.loads(place.read(commit_file(shard)))
     except ValueError as error:
         raise CorruptError(f"{file}: not JSON ({error}): {remedy(place, [shard])}") from error
     except OSError as error:
@@ -180,12 +180,24 @@ def read_commit(place: Backend, shard: int) -> Commit:
             _pairs(body.get("spans", [])),
             {int(number): columns for number, columns in body.get("token_shards", {}).items()},
             {name: Loss(**loss) for name, loss in body.get("losses", {}).items()},
+            _pairs(body.get("replaces", [])),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CorruptError(f"{file}: not a commit ({error!r}): {remedy(place, [shard])}") from error
     if commit.shard != shard:
         raise CorruptError(f"{file}: it is the commit of shard {commit.shard}: {remedy(place, [shard])}")
     return commit
+
+
+def valid(commits: Mapping[int, Commit]) -> dict[int, Commit]:
+    """Commits that count: those that no other one replaces."""
+    replaced = {pair for commit in commits.values() for pair in commit.replaces}
+    return {shard: commit for shard, commit in commits.items() if (shard, commit.fencing) not in replaced}
+
+
+def commit_file(shard: int) -> str:
+    """The file of a shard's commit."""
+    return f"commits/{shard}.json"
 
 
 def _pairs(values: list[list[int] | None]) -> tuple[tuple[int, int] | None, ...]:
@@ -196,7 +208,7 @@ def remedy(place: Backend, shards: Sequence[int]) -> str:
     """What to do about damage that concerns the commits of these shards."""
     return (
         f"`hiddenlake verify {place}` lists all damage, and `hiddenlake repair {place}` mends what can be mended and gives "
-        f"up the rest ({', '.join(map(_name, shards))}), so that the same capture command makes it again"
+        f"up the rest ({', '.join(map(commit_file, shards))}), so that the same capture command makes it again"
     )
 
 

@@ -66,8 +66,8 @@ def differs(place: Backend, name: str, data: bytes) -> bool:
         return True
 
 
-def rebuild(place: Backend, root: Root, commits: Sequence[Commit]) -> int:
-    """Write every derived file that is missing or different. Call it under the capture's lock. Returns how many."""
+def rebuild(place: Backend, root: Root, commits: Sequence[Commit]) -> list[str]:
+    """Write every derived file that is missing or different. Call it under the capture's lock. Returns which."""
     layout, wrong = root.layout, {}
     for name, data in (root.files() | layout.coordinates()).items():
         if differs(place, name, data):
@@ -79,4 +79,4 @@ def rebuild(place: Backend, root: Root, commits: Sequence[Commit]) -> int:
                     wrong[name] = data
     for name, data in wrong.items():
         place.write(name, data)
-    return len(wrong)
+    return list(wrong)

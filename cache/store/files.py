@@ -221,11 +221,33 @@ def create_folder(path: Path, files: dict[str, bytes], folders: Iterable[str], l
 def _sweep_folders(path: Path, lock: str) -> None:
     """Remove what processes left that died while they created `path`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):
-        with suppress(FileNotFoundError):
-            # Making the folder and locking it are two steps, so the newest are left alone.
-            old = time.time() - os.stat(left).st_mtime > _CREATING_SECONDS
-            if old and not ((left / lock).exists() and is_locked(left / lock)):
-                shutil.rmtree(left, ignore_errors=True)
+        if not in_use(left, lock):
+            remove_tree(left)
+
+
+def in_use(folder: Path, lock: str) -> bool:
+    """Whether somebody makes a folder right now. lock : see create_folder."""
+    try:
+        # Making the folder and locking it are two steps, so the newest are left alone.
+        young = time.time() - os.stat(folder).st_mtime <= _CREATING_SECONDS
+        return young or is_locked(folder / lock)
+    except FileNotFoundError:
+        return False
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder that nobody uses, as far as that can be done."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes that the files of a folder take on the disk."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(where, name), follow_symlinks=False).st_blocks * 512
+    return total
 
 
 def delete_folder(path: Path) -> None:
@@ -375,12 +397,17 @@ class FileLock:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         with storing(path):
-            self.descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
-            try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX)
-            except BaseException:
+            while True:
+                self.descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+                try:
+                    fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+                    # The folder may have been replaced by another while this waited.
+                    if _same_file(self.descriptor, path):
+                        break
+                except BaseException:
+                    os.close(self.descriptor)
+                    raise
                 os.close(self.descriptor)
-                raise
         _held.add(self)
 
     def append(self, data: bytes) -> None:
@@ -407,6 +434,13 @@ class FileLock:
 
     def __exit__(self, *_) -> None:
         self.release()
+
+
+def _same_file(descriptor: int, path: str | os.PathLike) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 _held: "weakref.WeakSet[FileLock]" = weakref.WeakSet()

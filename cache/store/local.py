@@ -122,6 +122,21 @@ class LocalBackend:
         return self.path / "writers" / f"{writer}.jsonl"
 
 
+def left_folders(lake: Path, remove: bool) -> list[tuple[Path, int]]:
+    """Folders that dead processes left in a lake while they made, removed or compacted a capture, and their bytes."""
+    found = []
+    for name in files.list_folders(lake):
+        if name.startswith(".") and name.endswith((".creating", ".removing", ".compacting")):
+            folder = lake / name
+            if not files.in_use(folder, LOCK) and not any(
+                map(LocalBackend(folder).lives, LocalBackend(folder).writers())
+            ):
+                found.append((folder, files.folder_size(folder)))
+                if remove:
+                    files.remove_tree(folder)
+    return found
+
+
 class LocalMember:
     """See Member: an open file that is locked."""
 

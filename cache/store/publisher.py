@@ -5,7 +5,7 @@ makes them durable and commits, while the next shard is filled and handed over.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,10 +56,17 @@ class Publisher:
     committed, token_shards : keys of their samples, and the token shards that they vouch for.
     published, bytes_written : samples that were committed here, and bytes of the files that were written for that.
     provenance : kept with each commit.
+    replaces : (shard, fencing) of commits whose samples are written again: each commit of this publisher replaces them.
     """
 
     def __init__(
-        self, place: Backend, layout: Layout, claims: Claims, provenance: dict[str, Any], lock: threading.RLock
+        self,
+        place: Backend,
+        layout: Layout,
+        claims: Claims,
+        provenance: dict[str, Any],
+        lock: threading.RLock,
+        replaces: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.place, self.layout, self.provenance = place, layout, provenance
         self.commits: dict[int, Commit] = {}
@@ -67,7 +74,7 @@ class Publisher:
         self.token_shards: set[int] = set()
         self.published = 0
         self.bytes_written = 0
-        self._claims, self._lock = claims, lock
+        self._claims, self._lock, self._replaces = claims, lock, tuple(replaces)
         self._durable: dict[int, _Durable] = {}
         self._waiting: list[_Waiting] = []
         self._futures: list[Future[Any]] = []
@@ -78,8 +85,13 @@ class Publisher:
 
     def refresh(self) -> None:
         """Read the commits that are new."""
-        for shard in list_commits(self.place) - self.commits.keys():
-            self._remember(read_commit(self.place, shard))
+        new = {shard: read_commit(self.place, shard) for shard in list_commits(self.place) - self.commits.keys()}
+        for shard, commit in new.items():
+            self.token_shards.update(commit.token_shards)
+            if (shard, commit.fencing) in self._replaces:
+                self.commits[shard] = commit
+            else:
+                self._remember(commit)
 
     def _remember(self, commit: Commit) -> None:
         self.commits[commit.shard] = commit
@@ -250,6 +262,7 @@ class Publisher:
             tuple(waiting.spans.get(slot) for slot in every) if self.layout.token_files else (),
             {shard: durable.columns for shard, durable in needed.items()},
             waiting.losses | {f"{TOKENS}/{site}": loss for site, loss in self._token_losses(needed.values()).items()},
+            self._replaces,
         )
         self._claims.check()
         commit.publish(self.place)

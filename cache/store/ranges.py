@@ -58,16 +58,19 @@ class _Chunk:
     straight: bool
 
 
-def read_parts(reads: Sequence[tuple[OpenFile, Sequence[Part]]], out: np.ndarray, wanted: str, check: bool) -> None:
+def read_parts(
+    reads: Sequence[tuple[OpenFile, Sequence[Part]]], out: np.ndarray, wanted: str, check: bool, single: bool = False
+) -> None:
     """Fill out from several files. Raises CorruptError.
 
     out : (cell, row, width) of `result_dtype`, rows contiguous.  wanted : `stored` or `float32`.
+    single : whether rows are read by themselves wherever that can be done.
     """
     if not out.size:
         return
     chunks: list[_Chunk] = []
     for file, parts in reads:
-        whole = _whole(file, parts, check)
+        whole = not file.committed.shape.fixed or (not single and _whole(file, parts, check))
         for part in parts:
             if not whole:
                 _read_rows(file, part, out, wanted, check)
@@ -82,10 +85,8 @@ def read_parts(reads: Sequence[tuple[OpenFile, Sequence[Part]]], out: np.ndarray
 
 
 def _whole(file: OpenFile, parts: Sequence[Part], check: bool) -> bool:
-    """Whether to read chunks as wholes: where rows cannot be read alone, or that takes no more bytes."""
+    """Whether reading chunks as wholes takes no more bytes."""
     shape = file.committed.shape
-    if not shape.fixed:
-        return True
     rows = sum(len(part.places) * len(part.slots) for part in parts) * shape.row_bytes
     if check and not file.has_row_checksums:
         rows += file.committed.commits[0].files[file.committed.row_crc].size

@@ -10,7 +10,7 @@ import numpy as np
 from hiddenlake.cache.errors import CorruptError, UnknownNameError
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.backend import Backend, open_backend
-from hiddenlake.cache.store.commits import Commit, Loss, list_commits, read_commit
+from hiddenlake.cache.store.commits import Commit, Loss, list_commits, read_commit, valid
 from hiddenlake.cache.store.coverage import EMBED, Coverage
 from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.root import read_root
@@ -73,7 +73,8 @@ class Capture:
         self.snapshot.check_there()
         known = self.snapshot.commits
         numbers = list_commits(self.place)
-        commits = {k: known[k] if k in known else read_commit(self.place, k) for k in sorted(numbers)}
+        # One that was replaced is not remembered, and read again: there are few.
+        commits = valid({k: known[k] if k in known else read_commit(self.place, k) for k in sorted(numbers)})
         # The fields are replaced together, so that a thread that reads meanwhile sees one moment.
         self.snapshot = replace(self.snapshot, commits=commits)
 
@@ -204,7 +205,7 @@ class Capture:
         layers, one_layer = self._layers(snapshot, site, layer, dtype)
         hint = f"; it holds the tokens {c.tokens} too, which `read_tokens` reads" if c.tokens else ""
         positions, one_position = _select("position", position, c.positions, self.path, hint)
-        rows, one_sample = self._rows(snapshot, samples)
+        rows, one_sample = self.rows(samples, snapshot)
         gone = (*one_layer, one_position, one_sample)
         if out is not None:
             whole = [len(axis) for axis in (*layers, positions, rows)]
@@ -240,7 +241,7 @@ class Capture:
         if c.tokens is None:
             raise UnknownNameError(f"{self.path} has no tokens, only positions ({', '.join(c.positions)}): use `read`")
         layers, one_layer = self._layers(snapshot, site, layer, dtype)
-        chosen, _ = self._rows(snapshot, samples)
+        chosen, _ = self.rows(samples, snapshot)
         lengths = snapshot.token_length[chosen].tolist()
         ranges = [range(length)[tokens] if tokens is not None else range(length) for length in lengths]
         numbers = [np.arange(r.start, r.stop, r.step) for r in ranges]
@@ -267,7 +268,12 @@ class Capture:
         layers, one = _select("layer", layer, c.layers, self.path)
         return [layers], [one]
 
-    def _rows(self, snapshot: Snapshot, samples: Any) -> tuple[np.ndarray, bool]:
+    def rows(self, samples: Any, snapshot: Snapshot | None = None) -> tuple[np.ndarray, bool]:
+        """(rows in task order, whether it is a single one) of keys or rows, or of all for None.
+
+        Raises UnknownNameError for a sample that is not there.
+        """
+        snapshot = snapshot or self.snapshot
         count = len(snapshot.keys)
         if samples is None:
             return np.arange(count), False

@@ -131,12 +131,14 @@ class Snapshot:
         dtype: Dtype,
         check: bool = True,
         out: np.ndarray | None = None,
+        single: bool = False,
     ) -> np.ndarray:
         """Cells by number along each axis.
 
         outer : indices along layer and position (position alone for a site without layers), any order, repeats allowed.
         rows : (sample,) rows in task order.
         out : where they go, of the result's shape and dtype, C-contiguous; None for new memory.
+        single : whether rows are read, and checked, by themselves also where reading chunks would be faster.
 
         Returns (*outer, sample, width): the coverage's dtype, or float32. Raises CorruptError.
         """
@@ -150,7 +152,7 @@ class Snapshot:
             committed = Committed(self.place, *names, file, (self.commits[shard],))
             # Sample shards hold all their chunks: a chunk's number is its place.
             reads.append((committed, [Part(numbers, np.arange(len(numbers)), slots, into)]))
-        return self._read(reads, outer, len(rows), file, dtype, check, out)
+        return self._read(reads, outer, len(rows), file, dtype, check, out, single)
 
     def read_tokens(
         self,
@@ -160,12 +162,13 @@ class Snapshot:
         dtype: Dtype,
         check: bool = True,
         out: np.ndarray | None = None,
+        single: bool = False,
     ) -> np.ndarray:
         """Token-level activations by number along each axis.
 
         outer : indices along layer, () for a site without layers; any order, repeats allowed.
         rows : (token,) among all committed tokens in task order.
-        out : as in `read_cells`.
+        out, single : as in `read_cells`.
 
         Returns (*outer, token, width): the coverage's dtype, or float32. Raises CorruptError.
         """
@@ -189,7 +192,7 @@ class Snapshot:
             part = Part(chunks, np.arange(len(layers)), slots[start:stop], order[start:stop])
             parts.setdefault(shard, []).append(part)
         reads = [(files[shard], found) for shard, found in parts.items()]
-        return self._read(reads, [np.asarray(axis) for axis in outer], len(rows), full, dtype, check, out)
+        return self._read(reads, [np.asarray(axis) for axis in outer], len(rows), full, dtype, check, out, single)
 
     def _token_file(self, site: str, shard: int) -> Committed:
         layout, commits = self.layout, self._token_commits[shard]
@@ -223,6 +226,7 @@ class Snapshot:
         dtype: Dtype,
         check: bool,
         out: np.ndarray | None,
+        single: bool,
     ) -> np.ndarray:
         shape = (*map(len, outer), rows, file.width)
         cells = math.prod(map(len, outer))
@@ -241,7 +245,7 @@ class Snapshot:
                 for committed, _ in reads[start + most :]:
                     check_size(committed)
                 out = np.empty(shape, kind)
-            read_parts(opened, out.reshape(cells, rows, file.width), dtype, check)
+            read_parts(opened, out.reshape(cells, rows, file.width), dtype, check, single)
         return out
 
     def check_there(self) -> None:

@@ -66,7 +66,7 @@ def encode_samples(samples: Mapping[int, Sample]) -> bytes:
         name: [slot if name == "slot" else getattr(samples[slot], name) for slot in sorted(samples)]
         for name in SAMPLE_COLUMNS
     }
-    return _encode(pa.table(columns, schema=sample_schema()))
+    return encode(pa.table(columns, schema=sample_schema()))
 
 
 def encode_failures(failures: Iterable[tuple[Failure, datetime]]) -> bytes:
@@ -76,10 +76,11 @@ def encode_failures(failures: Iterable[tuple[Failure, datetime]]) -> bytes:
     rows = [
         {"key": f.key, "index": f.index, "cause": f.cause, "attempts": f.attempts, "time": time} for f, time in failures
     ]
-    return _encode(pa.Table.from_pylist(rows, schema=failure_schema()))
+    return encode(pa.Table.from_pylist(rows, schema=failure_schema()))
 
 
-def _encode(table: "pyarrow.Table") -> bytes:
+def encode(table: "pyarrow.Table") -> bytes:
+    """A Parquet file."""
     import pyarrow.parquet as pq
 
     out = io.BytesIO()

@@ -18,7 +18,7 @@ from hiddenlake.cache.positions import ABSENT
 from hiddenlake.cache.samples import token_checksum
 from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.checks import ANYTHING, FINITE, NAN, Problem, check_file
-from hiddenlake.cache.store.commits import Commit, list_commits, read_checked, read_commit
+from hiddenlake.cache.store.commits import Commit, list_commits, read_checked, read_commit, valid
 from hiddenlake.cache.store.derived import cells_of, derived_chunks, differs
 from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.metadata import arrays
@@ -79,6 +79,8 @@ def verify(path: str | Path | Backend, progress: Callable[[int, int], None] | No
             damaged += 1
             problems.append(Problem(f"commits/{shard}.json", None, str(error)))
     layout = root.layout
+    counting = valid({commit.shard: commit for commit in commits})
+    commits = list(counting.values())
     problems += _check_keys(commits)
     problems += _check_spans(layout, commits)
     checks = [partial(_check_shard, place, layout, commit) for commit in commits]

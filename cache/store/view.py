@@ -195,15 +195,25 @@ def _labels(capture: Capture, snapshot: Snapshot) -> dict[str, np.ndarray]:
     found = {}
     keys = pa.array(snapshot.keys.tolist(), pa.string())
     for name, table in capture.labels().items():
-        columns = [column for column in table.column_names if column != "key"]
         labelled = table["key"].combine_chunks()
         if len(pc.unique(labelled)) != len(labelled):
             raise BadInputError(f"labels/{name}.parquet: a key occurs twice: label each sample once")
         rows = pc.index_in(keys, labelled)
-        for column in columns:
-            label = name if len(columns) == 1 else f"{name}_{column}"
+        for label, column in label_columns(name, table).items():
             found[label] = _values(table[column].take(rows))
     return found
+
+
+def label_columns(name: str, table: "pyarrow.Table") -> dict[str, str]:
+    """variable -> column of a table of labels: its name alone where it has one column, else with the column's."""
+    columns = [column for column in table.column_names if column != "key"]
+    return {name if len(columns) == 1 else f"{name}_{column}": column for column in columns}
+
+
+def variable_names(capture: Capture) -> set[str]:
+    """Names that labels cannot have: variables and coordinates of `dataset` and `token_dataset`."""
+    own = {"sample", "layer", "position", "token", "token_index", "in_answer", "token_id", "sample_key", "sample_row"}
+    return {*own, "sample_start", "sample_length", *_COLUMNS, *capture.coverage.widths}
 
 
 def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -92,9 +92,13 @@ class Writer:
 
     place : where the capture lies.
     layout : its files, and how large they are.
+    replaces : (shard, fencing) of commits whose samples are written again, all of them in one shard: its commit replaces
+        them.
     """
 
-    def __init__(self, place: Backend, root: Root, provenance: dict[str, Any]) -> None:
+    def __init__(
+        self, place: Backend, root: Root, provenance: dict[str, Any], replaces: Sequence[tuple[int, int]] = ()
+    ) -> None:
         self.place = place
         self.coverage = root.coverage
         self.layout: Layout = root.layout
@@ -110,7 +114,7 @@ class Writer:
         self._failures: dict[str, tuple[Failure, datetime]] = {}
         self._failures_written = (0, -_FAILURES_SECONDS)
         self._claims: Claims = _claims.enter(place, self.layout)
-        self._publisher = Publisher(place, self.layout, self._claims, provenance, self._lock)
+        self._publisher = Publisher(place, self.layout, self._claims, provenance, self._lock, replaces)
         self._spans = Spans(self.layout, self._lock, self._claim_tokens, self._publish_tokens, self._check)
         try:
             with self._claims.lock():
