@@ -1,6 +1,7 @@
 """The lake's catalogue: which captures a folder holds, and what one of them is."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def _facts(capture: Capture) -> dict[str, Any]:
         "positions": len(c.positions),
         "tokens": None if c.tokens is None else str(c.tokens),
         "dtype": c.dtype,
+        "codec": capture.codec,
         "samples": len(capture),
         "planned": capture.planned,
         "bytes": capture.nbytes,
@@ -85,5 +87,6 @@ def describe(capture: Capture) -> dict[str, Any]:
         "shard_samples": capture.shard_samples,
         "shards": len(capture.commits),
         "failure_causes": failures,
+        "losses": {name: asdict(loss) for name, loss in capture.losses().items()},
         "verified": json.loads(verified) if verified else None,
     }

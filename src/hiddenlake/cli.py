@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hiddenlake import cli_lake
 from hiddenlake.cache.errors import BadInputError, HiddenlakeError
 
 app = typer.Typer(
@@ -15,6 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_lake.app)
 
 # Samples failed, the rest is there.
 EXIT_FAILED_SAMPLES = 3
