@@ -1,6 +1,6 @@
 """Reading a capture: checked byte ranges of committed shards, and nothing that was not committed."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from hiddenlake.cache.store.tables import decode, failure_schema
 
 if TYPE_CHECKING:
     import pyarrow
+    import torch
     import xarray
 
 
@@ -181,7 +182,8 @@ class Capture:
         dtype: Dtype = "stored",
         check: bool = True,
         out: np.ndarray | None = None,
-    ) -> np.ndarray:
+        device: str | None = None,
+    ) -> "np.ndarray | torch.Tensor":
         """Activations, checked against their checksums.
 
         site : a site of the coverage, or `embed`.
@@ -191,6 +193,8 @@ class Capture:
         dtype : `stored` for the capture's own (ml_dtypes.bfloat16, float16 or float32), `float32` for it widened exactly.
         check : False skips the checksums, for measurements only.
         out : memory for the result, of its dtype and its whole shape, C-contiguous; it is filled and returned.
+        device : `cuda`, `cuda:1` or `cpu`: a torch tensor there, copied through pinned memory, asynchronously. Without
+            check, and where GPUDirect Storage works, whole chunks of all samples go straight to the GPU.
 
         Returns (layer, position, sample, width), (position, sample, width) for a site without layers; a single layer,
         position or sample loses its axis. A cell whose token is absent is NaN.
@@ -210,8 +214,28 @@ class Capture:
         if out is not None:
             whole = [len(axis) for axis in (*layers, positions, rows)]
             out = _unsqueeze(out, [size for size, one in zip(whole, gone, strict=True) if not one], whole)
-        block = snapshot.read_cells(site, [*layers, positions], rows, dtype, check, out)
-        return block[tuple(0 if one else slice(None) for one in gone)]
+        squeezed = tuple(0 if one else slice(None) for one in gone)
+        if device is not None:
+            if out is not None:
+                raise ValueError("both `out` and `device` are given: name one place for the result")
+            return snapshot.send_cells(site, [*layers, positions], rows, dtype, check, device)[squeezed]
+        return snapshot.read_cells(site, [*layers, positions], rows, dtype, check, out)[squeezed]
+
+    def cell_names(self, site: str, layers: Any = None, positions: Any = None) -> list[tuple[int | None, str]]:
+        """(layer, position) of every cell of a site that was asked for, layer by layer; see `read`."""
+        c = self.coverage
+        found, _ = self._layers(self.snapshot, site, layers, "stored")
+        names = [c.layers[i] for i in found[0]] if found else [None]
+        chosen, _ = _select("position", positions, c.positions, self.path)
+        return [(layer, c.positions[i]) for layer in names for i in chosen]
+
+    def cells(
+        self, site: str, layers: Any = None, positions: Any = None, samples: Any = None, **how: Any
+    ) -> "Iterator[tuple[int | None, str, Any]]":
+        """Cells one after the other, read ahead: see `prefetch.iterate_cells`."""
+        from hiddenlake.cache.store.prefetch import iterate_cells
+
+        return iterate_cells(self, site, layers, positions, samples, **how)
 
     def read_tokens(
         self,

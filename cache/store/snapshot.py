@@ -22,6 +22,7 @@ from hiddenlake.cache.store.tables import SAMPLE_COLUMNS, decode, sample_schema
 
 if TYPE_CHECKING:
     import pyarrow
+    import torch
 
 Dtype = Literal["stored", "float32"]
 
@@ -142,9 +143,15 @@ class Snapshot:
 
         Returns (*outer, sample, width): the coverage's dtype, or float32. Raises CorruptError.
         """
+        outer = [np.asarray(axis, np.int64) for axis in outer]
+        reads = self._cell_reads(site, outer, rows)
+        return self._read(reads, outer, len(rows), self.layout.files[site], dtype, check, out, single)
+
+    def _cell_reads(
+        self, site: str, outer: Sequence[np.ndarray], rows: np.ndarray
+    ) -> list[tuple[Committed, list[Part]]]:
         layout = self.layout
         file = layout.files[site]
-        outer = [np.asarray(axis, np.int64) for axis in outer]
         numbers = cells_of(outer, file.outer)
         reads = []
         for shard, slots, into in self._by_shard(rows):
@@ -152,7 +159,7 @@ class Snapshot:
             committed = Committed(self.place, *names, file, (self.commits[shard],))
             # Sample shards hold all their chunks: a chunk's number is its place.
             reads.append((committed, [Part(numbers, np.arange(len(numbers)), slots, into)]))
-        return self._read(reads, outer, len(rows), file, dtype, check, out, single)
+        return reads
 
     def read_tokens(
         self,
@@ -193,6 +200,29 @@ class Snapshot:
             parts.setdefault(shard, []).append(part)
         reads = [(files[shard], found) for shard, found in parts.items()]
         return self._read(reads, [np.asarray(axis) for axis in outer], len(rows), full, dtype, check, out, single)
+
+    def send_cells(
+        self, site: str, outer: Sequence[Sequence[int]], rows: np.ndarray, dtype: Dtype, check: bool, device: str
+    ) -> "torch.Tensor":
+        """The same as `read_cells`, on a device. Values are copied as they are stored, and widened there."""
+        import torch
+
+        from hiddenlake.cache.store import direct
+        from hiddenlake.cache.store.device import Staging
+
+        staging = Staging(device)
+        file = self.layout.files[site]
+        shape = (*map(len, outer), len(rows), file.width)
+        if not check and staging.device.type == "cuda" and direct.available():
+            reads = self._cell_reads(site, [np.asarray(axis, np.int64) for axis in outer], rows)
+            if direct.can_read(reads):
+                self.check_there()
+                sent = torch.empty(shape, dtype=getattr(torch, file.dtype), device=staging.device)
+                direct.read(reads, sent.view(-1, len(rows), file.width))
+                return sent.float() if dtype == "float32" else sent
+        out = staging.allocate(shape, result_dtype(file, "stored"))
+        sent = staging.send(self.read_cells(site, outer, rows, "stored", check, out))
+        return sent.float() if dtype == "float32" else sent
 
     def _token_file(self, site: str, shard: int) -> Committed:
         layout, commits = self.layout, self._token_commits[shard]

@@ -12,6 +12,7 @@ from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.positions import ABSENT, in_answer
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.coverage import DTYPES, EMBED
+from hiddenlake.cache.store.device import Allocate, Staging, to_array
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.cache.store.snapshot import Dtype, Snapshot, samples_of
 
@@ -32,10 +33,21 @@ class _Lazy(BackendArray):
     """
 
     def __init__(
-        self, read: Callable[..., np.ndarray], site: str, shape: tuple[int, ...], stored: str, dtype: Dtype
+        self,
+        read: Callable[..., np.ndarray],
+        site: str,
+        shape: tuple[int, ...],
+        stored: str,
+        dtype: Dtype,
+        allocate: Allocate | None = None,
     ) -> None:
-        self.read, self.site, self.shape, self.stored = read, site, shape, dtype
+        self.read, self.site, self.shape, self.stored, self.wanted = read, site, shape, stored, dtype
         self.dtype = np.dtype(np.float32) if dtype == "float32" else DTYPES[stored][1]
+        self.allocate = allocate
+
+    def as_stored(self, allocate: Allocate) -> "_Lazy":
+        """The same, in the capture's own dtype, read into other memory."""
+        return _Lazy(self.read, self.site, self.shape, self.stored, "stored", allocate)
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
@@ -44,7 +56,10 @@ class _Lazy(BackendArray):
         *outer, rows = (
             np.atleast_1d(np.arange(length)[index]) for length, index in zip(self.shape[:-1], key[:-1], strict=True)
         )
-        block = self.read(self.site, [axis.tolist() for axis in outer], rows, self.stored)
+        out = None
+        if self.allocate is not None:
+            out = self.allocate((*map(len, outer), len(rows), self.shape[-1]), self.dtype)
+        block = self.read(self.site, outer, rows, self.wanted, out=out)
         squeezed = tuple(0 if isinstance(index, (int, np.integer)) else slice(None) for index in key[:-1])
         return block[(*squeezed, key[-1])]
 
@@ -136,6 +151,35 @@ def _sites(
             {"long_name": SITES[site].meaning},
         )
     return variables
+
+
+@xr.register_dataarray_accessor("hl")
+class Accessor:
+    """What hiddenlake adds to DataArrays of activations: `data.mlp_out.sel(layer=13).hl.to_gpu()`."""
+
+    def __init__(self, array: xr.DataArray) -> None:
+        self._array = array
+
+    def to_gpu(self, device: str = "cuda") -> xr.DataArray:
+        """The same DataArray with CuPy float32 values on a GPU, as cuML takes them.
+
+        Of a lazy one of `Capture.dataset()` the stored values are read into pinned memory and widened on the GPU; of any
+        other its values are copied. device : also `cpu`, for the same without a GPU, with NumPy values.
+
+        Raises StoreError where torch, CuPy or the device is missing.
+        """
+        staging = Staging(device)
+        values = np.asarray(self._stored(staging))
+        tensor = staging.send(values).float().contiguous()
+        return self._array.copy(data=to_array(tensor))
+
+    def _stored(self, staging: Staging) -> Any:
+        lazy = self._array.variable._data
+        while lazy is not None and not isinstance(lazy, indexing.LazilyIndexedArray):
+            lazy = getattr(lazy, "array", None)  # xarray's own wrappers: a cache, copy on write
+        if lazy is None or not isinstance(lazy.array, _Lazy):
+            return np.ascontiguousarray(self._array.values, np.float32)
+        return indexing.LazilyIndexedArray(lazy.array.as_stored(staging.allocate), lazy.key).get_duck_array()
 
 
 def _dataset(
