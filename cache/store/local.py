@@ -221,5 +221,7 @@ class LocalFile:
             self._descriptor = None
 
     def __del__(self) -> None:
-        with suppress(AttributeError, OSError):  # half made, or the interpreter is ending
+        try:
             self.close()
+        except Exception:  # half made, or the interpreter is ending
+            pass

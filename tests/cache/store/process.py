@@ -36,6 +36,18 @@ def coverage(dtype="bfloat16", sites=SITES, positions=POSITIONS, tokens=None):
     return Coverage(sites, LAYERS, positions, widths, dtype, tokens)
 
 
+def full_coverage(c):
+    """The coverage that a part was selected from."""
+    return coverage(
+        c.dtype,
+        **next(
+            kind
+            for kind in KINDS.values()
+            if set(c.sites) <= set(kind.get("sites", SITES)) and kind.get("tokens") == c.tokens
+        ),
+    )
+
+
 def key(i):
     return f"key-{i:04d}"
 

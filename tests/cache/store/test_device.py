@@ -31,7 +31,9 @@ def test_a_read_to_a_device_has_the_same_bits(capture, device):
         sent = capture.read("mlp_out", device=device, **question)
         assert sent.dtype == getattr(torch, capture.coverage.dtype) and tuple(sent.shape) == host.shape
         bits = torch.int32 if host.dtype.itemsize == 4 else torch.int16
-        assert np.array_equal(sent.contiguous().view(bits).cpu().numpy(), np.ascontiguousarray(host).view(f"i{host.dtype.itemsize}"))
+        assert np.array_equal(
+            sent.contiguous().view(bits).cpu().numpy(), np.ascontiguousarray(host).view(f"i{host.dtype.itemsize}")
+        )
         wide = capture.read("mlp_out", device=device, dtype="float32", **question)
         assert wide.dtype == torch.float32
         assert np.array_equal(wide.cpu().numpy(), capture.read("mlp_out", dtype="float32", **question), equal_nan=True)
