@@ -215,7 +215,7 @@ def read_command(
     as_json: Json = False,
 ) -> None:
     """Read activations, checked: into a .npz with keys and labels, or as a table of the first samples."""
-    from hiddenlake.cache.export import cell_table, write_npz
+    from hiddenlake.cache.exchange.cells import cell_table, write_npz
     from hiddenlake.cache.store.reader import open_capture
 
     opened = open_capture(capture)
@@ -330,6 +330,46 @@ def demo_command(
     from hiddenlake.probing.demo import run_demo
 
     run_demo(out, samples)
+
+
+@app.command("export")
+def export_command(
+    capture: Capture,
+    out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.", show_default=False)],
+    format: Annotated[str, typer.Option(help="`safetensors`, `datasets`, `npy` or `torch`.")] = "safetensors",
+    site: Annotated[str | None, typer.Option(help="Sites, by comma; default all, embed too.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Captured layers, 13 or 0,5,10-12; default all.")] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Captured positions, by comma, and the tokens (`all`); default all of both.")
+    ] = None,
+    shard_bytes: Annotated[str, typer.Option(help="Largest file, where a site has several.")] = "1GiB",
+    memory_bytes: Annotated[str, typer.Option(help="Memory for activations.")] = "1GiB",
+    as_json: Json = False,
+) -> None:
+    """Write a capture as files for other tools: safetensors shards with a Parquet index (for the Hugging Face hub), a
+    Hugging Face dataset, .npy files, or torch files. The folder appears when it is complete.
+    """
+    from dataclasses import asdict
+
+    from hiddenlake.cache.exchange.exporting import export_capture
+    from hiddenlake.cache.exchange.meter import Meter
+    from hiddenlake.cache.progress import size
+
+    with Meter("exporting") as meter:
+        written = export_capture(
+            capture,
+            out,
+            format,
+            sites=None if site is None else site.split(","),
+            layers=layers,
+            positions=positions,
+            shard_bytes=_bytes("--shard-bytes", shard_bytes),
+            memory_bytes=_bytes("--memory-bytes", memory_bytes),
+            watcher=meter,
+        )
+    if as_json:
+        print(json.dumps(asdict(written)))
+    _talk(f"{written.samples} samples in {written.files} files, {size(written.bytes)}, written to {written.path}")
 
 
 def _talk(text: str) -> None:

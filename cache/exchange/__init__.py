@@ -1,0 +1,1 @@
+"""Exchange: captures as files that other tools read, and other tools' files as captures."""
