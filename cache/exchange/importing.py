@@ -10,7 +10,7 @@ import numpy as np
 import hiddenlake
 from hiddenlake.cache.errors import BadInputError, CaptureError, StoreError
 from hiddenlake.cache.exchange.cost import Cost, Watcher, disk_free
-from hiddenlake.cache.exchange.records import read_identity
+from hiddenlake.cache.exchange.records import check_identity, complete_identity
 from hiddenlake.cache.positions import ABSENT
 from hiddenlake.cache.samples import Failure, Sample
 from hiddenlake.cache.store.coverage import EMBED, Coverage
@@ -35,6 +35,8 @@ class Source(Protocol):
     elements : of all cells and token rows.
     files : that are read.
     note : is said before the start.
+    identity : where the source has one of its own.
+    provenance : what is known of where it came from, as plain JSON.
     """
 
     format: str
@@ -45,6 +47,8 @@ class Source(Protocol):
     elements: int
     files: int
     note: str
+    identity: Mapping[str, Any] | None
+    provenance: Mapping[str, Any]
 
     def sample(self, number: int) -> Sample:
         """The sample. Raises BadInputError."""
@@ -79,17 +83,15 @@ class Imported:
 def import_source(
     source: Source,
     out: str | Path,
-    identity: Mapping[str, Any] | str | Path,
+    identity: Mapping[str, Any] | None = None,
     *,
-    provenance: Mapping[str, Any] | None = None,
     buffer_bytes: int = 1 << 30,
     shard_samples: int | None = None,
     watcher: Watcher | None = None,
 ) -> Imported:
     """Write a source's samples into a new capture, or go on with an import of it that was interrupted.
 
-    identity : see `records.read_identity`; `imported` is added to it, so that no captured sample is taken for one.
-    provenance : what is known beside it, e.g. the engine's version.
+    identity : see `records.check_identity`, None where the source has one; `imported` is added to it, so that no captured sample is taken for one.
     buffer_bytes, shard_samples : see `open_writer`.
 
     A sample that is not complete, not finite or not what its header said is left out and recorded with its cause.
@@ -99,8 +101,12 @@ def import_source(
     unfinished import of the same source, or the disk is full; BadInputError for an identity that lacks something.
     """
     watcher = watcher or Watcher()
-    facts = read_identity(identity, source.coverage.dtype, source.format)
-    if source.compute_dtype not in (None, facts["compute_dtype"]):
+    if (identity is None) == (source.identity is None):
+        raise BadInputError("the identity is to be given, except for a source that has one of its own")
+    if identity is not None:
+        check_identity(identity)
+    facts = complete_identity(source.identity or identity, source.coverage.dtype, source.format)
+    if source.compute_dtype not in (None, facts.get("compute_dtype")):
         raise BadInputError(
             f"the identity says compute_dtype {facts['compute_dtype']}, the source {source.compute_dtype}"
         )
@@ -126,7 +132,7 @@ def import_source(
         out,
         identity=facts,
         coverage=source.coverage,
-        provenance={"imported": {"format": source.format, "hiddenlake": hiddenlake.__version__, **(provenance or {})}},
+        provenance={"imported": {"format": source.format, "hiddenlake": hiddenlake.__version__, **source.provenance}},
         planned=wanted,
         buffer_bytes=buffer_bytes,
         shard_samples=shard_samples,

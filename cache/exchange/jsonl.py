@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from hiddenlake.cache.errors import BadInputError
+from hiddenlake.cache.exchange.embedding import Embedding
 from hiddenlake.cache.exchange.importing import BLOCK_BYTES
 from hiddenlake.cache.exchange.records import Lines, make_sample, read_fields
 from hiddenlake.cache.exchange.tensor_file import Tensor, TensorFile, inside
 from hiddenlake.cache.exchange.values import FLOATS, stored_dtype, to_bits
-from hiddenlake.cache.positions import parse_positions
+from hiddenlake.cache.positions import POOLS, parse_positions
 from hiddenlake.cache.samples import Failure, Sample
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.coverage import EMBED, Coverage
@@ -80,6 +81,8 @@ class JsonlSource:
     """A JSONL file and the safetensors files that it names; see `Source`. All of it is checked when it is made.
 
     path : the JSONL file.
+    model : a Hugging Face folder whose embedding table is `embed` where the lines have none, computed in
+        `compute_dtype`.
     layers : 0-based blocks, ascending, in the order of the tensors' layer axis; () where no site has layers.
     positions : names along the tensors' position axis, and `all` (`all_generated/8`, ...) where `tokens` are given.
     dtype : as stored; default bfloat16 where every tensor is, else float32, which holds all exactly.
@@ -88,7 +91,7 @@ class JsonlSource:
     """
 
     format = "jsonl"
-    compute_dtype = None
+    identity = None
 
     def __init__(
         self,
@@ -96,13 +99,33 @@ class JsonlSource:
         layers: Sequence[int],
         positions: str | Sequence[str | int],
         *,
+        model: str | Path | None = None,
+        compute_dtype: str | None = None,
         dtype: str | None = None,
     ) -> None:
         path = Path(path)
-        self._files = TensorFiles(path.parent)
-        self._lines = Lines(path, ("activations", "tokens"))
+        if model is not None and compute_dtype is None:
+            raise BadInputError("compute_dtype is missing: it says to what the model's embeddings are rounded")
+        self.compute_dtype = compute_dtype
+        self._embedding = None if model is None else Embedding(Path(model), compute_dtype)
+        self._check_all(Lines(path, ("activations", "tokens")), TensorFiles(path.parent), layers, positions, dtype)
+
+    def _check_all(
+        self,
+        lines: Lines,
+        files: TensorFiles,
+        layers: Sequence[int],
+        positions: str | Sequence[str | int],
+        dtype: str | None,
+    ) -> None:
+        path, self._files, self._lines = lines.path, files, lines
+        self.provenance = {"source": path.name}
         self._layers = tuple(layers)
         self._names, self._kept = parse_positions(positions)
+        if self._embedding and (pooled := [name for name in self._names if name in POOLS]):
+            raise BadInputError(
+                f"{', '.join(pooled)}: a pooled embed is not in the model's table: give embed in the lines"
+            )
         self.missing: Sequence[Failure] = ()
         widths: dict[str, int] = {}
         dtypes: set[str] = set()
@@ -117,6 +140,8 @@ class JsonlSource:
             elements += self._check(line, fields, where, widths, dtypes)
         if not keys:
             raise BadInputError(f"{path} has no lines: expected one a sample")
+        if self._embedding is not None:
+            widths[EMBED] = self._embedding.width
         self.keys = list(keys)
         sites = tuple(site for site in SITES if site in widths and site != EMBED)
         try:
@@ -145,8 +170,13 @@ class JsonlSource:
                 )
             if not references:
                 continue
-            if EMBED not in references:
-                raise BadInputError(f"{where}: {kind} lack embed, the input of block 0, which every capture holds")
+            if (EMBED in references) == (self._embedding is not None):
+                raise BadInputError(
+                    f"{where}: {kind} have embed, and a model is named too: leave one out"
+                    if self._embedding
+                    else f"{where}: {kind} lack embed, the input of block 0, which every capture holds: add it, or name the "
+                    f"model's folder, whose embedding table has it"
+                )
             if widths and set(references) != set(widths):
                 raise BadInputError(f"{where}: {kind} are of {sorted(references)}, others of {sorted(widths)}")
             counts = set()
@@ -233,12 +263,14 @@ class JsonlSource:
         fields = dict(read_fields(line, where))
         if fields["index"] is None:
             fields["index"] = number
-        sample = make_sample(fields, self.coverage, "complete", where)
+        sample = make_sample(fields, self.coverage, where)
         if self._kept is not None:
             count = self._rows(self._references(line, "tokens", where))
-            expected = len(self._kept.indices(sample.prompt_length, sample.total_length))
-            if count != expected:
-                raise BadInputError(f"{where}: {count} token rows: expected the {expected} of {self._kept}")
+            complete = sample.status == "complete"
+            try:
+                self.coverage.check_tokens(count, sample.prompt_length, sample.total_length, complete)
+            except ValueError as error:
+                raise BadInputError(f"{where}: {error}") from error
         return sample
 
     def token_count(self, number: int, sample: Sample) -> int:
@@ -246,7 +278,8 @@ class JsonlSource:
         return self._rows(self._references(line, "tokens", where))
 
     def _rows(self, references: Mapping[str, Reference]) -> int:
-        return references[EMBED].last - references[EMBED].first
+        one = next(iter(references.values()))
+        return one.last - one.first
 
     def cells(self, number: int, sample: Sample) -> dict[str, np.ndarray]:
         line, where = self._lines.read(number)
@@ -260,7 +293,13 @@ class JsonlSource:
                 blocks = [block[0] for block in blocks]
             values = np.stack(blocks) if reference.layers is not None else blocks[0]
             found[site] = to_bits(values, self.coverage.dtype, f"{where}: {site}")
+        if self._embedding is not None:
+            # an absent position's row is not looked at
+            found[EMBED] = self._embedded([sample.token_ids[max(token, 0)] for token in sample.token_index], where)
         return found
+
+    def _embedded(self, ids: Sequence[int], where: str) -> np.ndarray:
+        return to_bits(self._embedding.rows(np.array(ids, np.int64), where), self.coverage.dtype, where)
 
     def tokens(self, number: int, sample: Sample, first: int, count: int) -> Iterator[dict[str, np.ndarray]]:
         line, where = self._lines.read(number)
@@ -281,4 +320,7 @@ class JsonlSource:
                 else:
                     values = blocks[0].swapaxes(0, 1) if SITES[site].layered else blocks[0]
                 found[site] = to_bits(values, self.coverage.dtype, f"{where}: {site}")
+            if self._embedding is not None:
+                chosen = self._kept.indices(sample.prompt_length, sample.total_length)[start:stop]
+                found[EMBED] = self._embedded([sample.token_ids[token] for token in chosen], where)
             yield found

@@ -33,7 +33,8 @@ def _is_list(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    # NaN is what nobody knows
+    return type(value) in (int, float) and not math.isinf(value)
 
 
 # field -> (whether a value can be one, in words, the value where there is none)
@@ -55,9 +56,16 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
     "token_ids": (_is_list(_is_count), "a list of whole numbers from 0", None),
     "logprobs": (_is_list(_is_number), "a list of numbers", None),
     "prompt_length": (lambda value: _is_count(value) and value > 0, "a whole number from 1", None),
+    "exact_answer_valid": (lambda value: isinstance(value, bool), "true or false", None),
+    "status": (_is_text, "a string", "complete"),
     "finish_reason": (_is_text, "a string", "unknown"),
     "token_index": (_is_list(lambda value: type(value) is int), "a list of whole numbers", None),
 }
+
+
+def known_fields() -> set[str]:
+    """Names of the fields that a sample has."""
+    return set(_FIELDS)
 
 
 def read_fields(line: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -71,9 +79,7 @@ def read_fields(line: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-def make_sample(
-    fields: Mapping[str, Any], coverage: Coverage, status: str, where: str, *, lacks_last: bool = False
-) -> Sample:
+def make_sample(fields: Mapping[str, Any], coverage: Coverage, where: str, *, lacks_last: bool = False) -> Sample:
     """A sample of what `read_fields` found. What a line does not say stays empty: "" for texts, NaN for logprobs.
 
     lacks_last : whether the last token has no activation, so that every position that needs it is absent.
@@ -115,14 +121,14 @@ def make_sample(
         answers=tuple(fields["answers"]),
         correct=fields["correct"],
         exact_answer=fields["exact_answer"],
-        exact_answer_valid=window is not None,
+        exact_answer_valid=window is not None if fields["exact_answer_valid"] is None else fields["exact_answer_valid"],
         token_ids=tuple(ids),
         logprobs=(math.nan,) * (n - q) if logprobs is None else tuple(map(float, logprobs)),
         prompt_length=q,
         total_length=n,
         finish_reason=fields["finish_reason"],
         token_index=tuple(index),
-        status=status,
+        status=fields["status"],
     )
 
 
@@ -179,21 +185,22 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     return line
 
 
-def read_identity(given: Mapping[str, Any] | str | os.PathLike[str], stored_dtype: str, format: str) -> dict[str, Any]:
-    """The value identity of an imported capture: what was given, what is stored, and that it was imported.
+def load_identity(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of a JSON file, complete. Raises BadInputError, naming the fields that are missing."""
+    path = Path(path)
+    try:
+        given = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"{path}: {error}: expected a JSON file with {', '.join(_IDENTITY)}") from error
+    if not isinstance(given, dict):
+        raise BadInputError(f"{path} is no JSON object: expected one with {', '.join(_IDENTITY)}")
+    check_identity(given)
+    return given
 
-    given : the fields, or a JSON file of them. Nothing is filled in: a model without quantisation says null.
 
-    Raises BadInputError, naming the fields that are missing.
-    """
-    if not isinstance(given, Mapping):
-        path = Path(given)
-        try:
-            given = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise BadInputError(f"{path}: {error}: expected a JSON file with {', '.join(_IDENTITY)}") from error
-        if not isinstance(given, dict):
-            raise BadInputError(f"{path} is no JSON object: expected one with {', '.join(_IDENTITY)}")
+def check_identity(given: Mapping[str, Any]) -> None:
+    """Raise BadInputError unless everything is said that makes two activations the same numbers. Nothing is filled in: a
+    model without quantisation says null."""
     if missing := [name for name in _IDENTITY if name not in given]:
         raise BadInputError(
             f"the identity lacks {', '.join(missing)}: expected {', '.join(_IDENTITY)}, null where there is none; "
@@ -203,6 +210,13 @@ def read_identity(given: Mapping[str, Any] | str | os.PathLike[str], stored_dtyp
         raise BadInputError(
             f"compute_dtype is {_short(given['compute_dtype'])}: expected one of {', '.join(COMPUTE_DTYPES)}"
         )
+
+
+def complete_identity(given: Mapping[str, Any], stored_dtype: str, format: str) -> dict[str, Any]:
+    """The value identity of an imported capture: what was given, what is stored, and that it was imported.
+
+    Raises BadInputError where it says something else.
+    """
     for name, value in {"stored_dtype": stored_dtype, "imported": format}.items():
         if given.get(name, value) != value:
             raise BadInputError(f"the identity says that {name} is {_short(given[name])}, but it is {value!r}")

@@ -28,7 +28,7 @@ class Part:
     @property
     def name(self) -> str:
         """`resid_post/layer_13`, or `embed/embed`: a path without its ending."""
-        return f"{self.site}/{self.site if self.layer is None else f'layer_{self.layer}'}"
+        return part_name(self.site, self.layer)
 
     @property
     def column(self) -> str:
@@ -89,6 +89,11 @@ class Selection:
             # one sample that is longer than a block
             for token in range(0, int(self.lengths[chosen.start]), most):
                 yield self.capture.read_tokens(part.site, part.layer, chosen, slice(token, token + most), dtype).values
+
+
+def part_name(site: str, layer: int | str | None) -> str:
+    """`resid_post/layer_13`, or `embed/embed` for a site without layers."""
+    return f"{site}/layer_{layer}" if SITES[site].layered else f"{site}/{site}"
 
 
 def pack(sizes: np.ndarray, limit: int) -> list[tuple[int, int]]:

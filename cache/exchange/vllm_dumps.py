@@ -50,6 +50,7 @@ class VllmDumps:
     """
 
     format = "vllm"
+    identity = None
 
     def __init__(
         self,
@@ -100,6 +101,7 @@ class VllmDumps:
         self.elements = (len(self.keys) * len(names) + kept) * per_row
         self.files = len(self.keys)
         self.note = self._note(found)
+        self.provenance = {"source": self.folder.resolve().name, "layer_ids": self._ids}
 
     def _note(self, found: set[str]) -> str:
         said = []
@@ -193,8 +195,13 @@ class VllmDumps:
                 f"{where}: its {len(given)} token_ids are not the {len(ids)} of {path}, with or without one more"
             )
         lacking = len(fields["token_ids"]) > len(ids)
-        status = "the dump lacks the last token, which vLLM never fed" if lacking else "complete"
-        return make_sample(fields, self.coverage, status, where, lacks_last=lacking)
+        if lacking:
+            fields["status"] = "the dump lacks the last token, which vLLM never fed"
+        elif fields["status"] != "complete":
+            raise BadInputError(
+                f"{where}: status is {fields['status']!r}, but the dump has all token_ids: leave it out"
+            )
+        return make_sample(fields, self.coverage, where, lacks_last=lacking)
 
     def token_count(self, number: int, sample: Sample) -> int:
         return len(self._kept(sample))

@@ -372,6 +372,107 @@ def export_command(
     _talk(f"{written.samples} samples in {written.files} files, {size(written.bytes)}, written to {written.path}")
 
 
+@app.command("import")
+def import_command(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of vLLM's {req_id}.safetensors, a .jsonl file beside safetensors files, or a folder that "
+            "`export` wrote as safetensors.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="The new capture's folder, LAKE/NAME.", show_default=False)],
+    format: Annotated[str, typer.Option(help="`vllm`, `jsonl` or `export`.")],
+    identity: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file: model, weights, quantization, lora, compute_dtype, chat_template, task; null for none. An "
+            "export has its own."
+        ),
+    ] = None,
+    layer_ids: Annotated[
+        str | None, typer.Option(help="vLLM's layer ids of its dumps, ascending: k is the stream after k blocks.")
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="JSONL file of vLLM's requests: request_id, prompt_length, prompt, ...")
+    ] = None,
+    prompts_only: Annotated[bool, typer.Option(help="vLLM's dumps hold prompts and no answers.")] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="The model's folder, for `embed` where the source lacks it.")
+    ] = None,
+    layers: Annotated[str, typer.Option(help="0-based layers of a JSONL file's tensors: 13 or 0,5,10-12.")] = "",
+    positions: Annotated[str, typer.Option(help="Positions, by comma; `all` for token level.")] = "all",
+    dtype: Annotated[str | None, typer.Option(help="`bfloat16` or `float32`; default what holds all exactly.")] = None,
+    buffer_bytes: Annotated[str, typer.Option(help="Memory for the shards being filled and written.")] = "1GiB",
+    as_json: Json = False,
+) -> None:
+    """Make a capture of activations that another tool dumped. The same command goes on where it was interrupted.
+
+    Exit status: 0 all imported, 3 some samples failed, 130 interrupted.
+    """
+    from dataclasses import asdict
+
+    from hiddenlake.cache.exchange.importing import import_source
+    from hiddenlake.cache.exchange.meter import Meter
+    from hiddenlake.cache.exchange.records import load_identity
+    from hiddenlake.cache.progress import size
+
+    if format not in ("vllm", "jsonl", "export"):
+        raise BadInputError(f"--format {format!r}: expected vllm, jsonl or export")
+    if (identity is None) != (format == "export"):
+        raise BadInputError(
+            "--identity names what made the activations: give it, except for an export, which has its own"
+        )
+    known = None if identity is None else load_identity(identity)
+    _talk(f"checking {source}")
+    if format == "vllm":
+        from hiddenlake.cache.exchange.vllm_dumps import VllmDumps
+
+        opened = VllmDumps(
+            source,
+            _numbers("--layer-ids", layer_ids or ""),
+            known["compute_dtype"],
+            samples=samples,
+            prompts_only=prompts_only,
+            model=model,
+            positions=positions,
+            dtype=dtype,
+        )
+    elif format == "jsonl":
+        from hiddenlake.cache.exchange.jsonl import JsonlSource
+
+        numbers = _numbers("--layers", layers) if layers else []
+        opened = JsonlSource(source, numbers, positions, model=model, compute_dtype=known["compute_dtype"], dtype=dtype)
+    else:
+        from hiddenlake.cache.exchange.own_export import OwnExport
+
+        opened = OwnExport(source)
+    with Meter("importing") as meter:
+        done = import_source(opened, out, known, buffer_bytes=_bytes("--buffer-bytes", buffer_bytes), watcher=meter)
+    if as_json:
+        print(json.dumps(asdict(done)))
+    _talk(
+        f"{done.imported} samples imported into {done.path}, {size(done.bytes)}; {done.present} were there before, "
+        f"{done.failed} failed"
+    )
+    for cause in sorted(set(done.causes.values()))[:10]:
+        _talk(f"  failed: {cause} ({sum(c == cause for c in done.causes.values())} samples)")
+    if done.failed:
+        raise typer.Exit(EXIT_FAILED_SAMPLES)
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    """`0,5,10-12` in the order given."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()):
+            raise BadInputError(f"{name} {text!r}: expected numbers such as 13 or 0,5,10-12")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
 def _talk(text: str) -> None:
     print(text, file=sys.stderr)
 
