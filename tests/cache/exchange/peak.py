@@ -1,0 +1,91 @@
+"""Transfers a capture of 300 MB and prints what it was allowed, and how much more memory the process took at its peak.
+
+python peak.py make LAKE                  writes the capture
+python peak.py FORMAT LAKE OUT BYTES      exports it in BYTES of memory
+python peak.py import EXPORT OUT BYTES    imports its safetensors export with shard buffers of BYTES
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401
+import numpy as np
+
+from hiddenlake.cache.exchange.cost import Watcher
+from hiddenlake.cache.exchange.exporting import export_capture
+from hiddenlake.cache.exchange.importing import import_source
+from hiddenlake.cache.exchange.own_export import OwnExport
+from hiddenlake.cache.positions import Tokens
+from hiddenlake.cache.samples import Sample
+from hiddenlake.cache.store import Coverage, open_writer
+
+SAMPLES, LAYERS, POSITIONS, WIDTH = 600, tuple(range(8)), ("0", "1", "2", "3", "-1", "-2"), 1024
+
+
+def make(path, samples=SAMPLES):
+    coverage = Coverage(("mlp_out",), LAYERS, POSITIONS, {"mlp_out": WIDTH}, "bfloat16", Tokens("all"))
+    identity = {"model": "m", "task": "t"}
+    rows = np.random.default_rng(0).normal(size=(len(LAYERS), 24, WIDTH)).astype(ml_dtypes.bfloat16).view(np.uint16)
+    with open_writer(
+        path, identity=identity, coverage=coverage, provenance={}, planned=samples, buffer_bytes=64 << 20
+    ) as writer:
+        keys = [f"k{i:05d}" for i in range(samples)]
+        writer.reserve(keys, samples)
+        for i, key in enumerate(keys):
+            shard, slot = writer.slot()
+            index = [token % 24 for token in (0, 1, 2, 3, -1, -2)]
+            shard.views["mlp_out"][:, :, slot, :] = rows[:, index]
+            shard.views["embed"][:, slot, :] = rows[0, index]
+            span = writer.span(24)
+            while span.rest:
+                piece = writer.piece(span)
+                part = slice(piece.first, piece.first + piece.count)
+                piece.shard.views["mlp_out"][:, piece.rows] = rows[:, part]
+                piece.shard.views["embed"][piece.rows] = rows[0, part]
+                writer.filled(piece)
+            sample = Sample(
+                key, i, 0, "", "", "", (), None, None, False, tuple(range(24)), (-1.0,) * 4, 20, 24, "stop",
+                tuple(index),
+            )  # fmt: skip
+            writer.add(shard, slot, sample, span)
+
+
+def memory(name):
+    """Bytes of VmRSS, or VmHWM, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) << 10
+
+
+class Heard(Watcher):
+    def planned(self, cost):
+        self.cost = cost
+
+
+def main(what, source, out, allowed):
+    watcher = Heard()
+    # what is imported, and what libraries keep, is there before it counts
+    make(f"{out}-small", 40)
+    if what == "import":
+        export_capture(f"{out}-small", f"{out}-warm")
+        import_source(OwnExport(f"{out}-warm"), f"{out}-warmer", buffer_bytes=64 << 20)
+        opened = OwnExport(source)
+    else:
+        export_capture(f"{out}-small", f"{out}-warm", what, memory_bytes=64 << 20)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    if what == "import":
+        import_source(opened, out, buffer_bytes=int(allowed), watcher=watcher)
+    else:
+        export_capture(source, out, what, memory_bytes=int(allowed), watcher=watcher)
+    peak = memory("VmHWM") - before
+    cost = replace(watcher.cost, note="")
+    print(json.dumps({"allowed": cost.memory_bytes, "data": cost.data_bytes, "peak": peak}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "make":
+        make(sys.argv[2])
+    else:
+        main(*sys.argv[1:])
