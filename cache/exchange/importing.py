@@ -1,6 +1,6 @@
 """Importing: other tools' activations as a capture, sample by sample, each complete or not there."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,13 @@ _RESERVED = 256
 
 # Bytes of token rows that are read at a time.
 BLOCK_BYTES = 32 << 20
+
+# (done, total) of what a source checks when it is made
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 class Source(Protocol):
@@ -68,14 +75,18 @@ class Source(Protocol):
 
 @dataclass(slots=True)
 class Imported:
-    """What an import did. present : samples that were there before.  causes : key -> why it was not imported.
-    bytes : of the files that were written."""
+    """What an import did.
+
+    present : samples that were there before.  elsewhere : that another process imports meanwhile.
+    causes : key -> why it was not imported.  bytes : of the files that were written.
+    """
 
     path: str
     format: str
     imported: int = 0
     present: int = 0
     failed: int = 0
+    elsewhere: int = 0
     bytes: int = 0
     causes: dict[str, str] = field(default_factory=dict)
 
@@ -144,6 +155,7 @@ def import_source(
         writer.flush()
         result.bytes = writer.bytes_written
     result.failed = len(result.causes)
+    result.elsewhere = wanted - result.present - result.imported - result.failed
     return result
 
 
@@ -173,9 +185,11 @@ def _present(out: str | Path, source: Source) -> set[str]:
 
 def _write_all(source: Source, writer: Writer, result: Imported, total: int, watcher: Watcher) -> None:
     numbers = {key: number for number, key in enumerate(source.keys)}
-    left = total
     count = len(source.keys) - result.present
-    while chosen := writer.reserve(source.keys, _RESERVED):
+    rest = source.keys
+    while chosen := writer.reserve(rest, _RESERVED):
+        # what was passed over is there, or another process's
+        rest = source.keys[numbers[chosen[-1]] + 1 :]
         for key in chosen:
             number = numbers[key]
             index = number
@@ -188,7 +202,7 @@ def _write_all(source: Source, writer: Writer, result: Imported, total: int, wat
                 writer.fail(Failure(key, index, str(error), 1))
                 result.causes[key] = str(error)
             done = result.imported + len(result.causes) - len(source.missing)
-            watcher.progressed(left * done // max(1, count), total)
+            watcher.progressed(total * done // max(1, count), total)
 
 
 def _write(source: Source, writer: Writer, number: int, sample: Sample) -> None:

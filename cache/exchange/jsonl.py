@@ -19,7 +19,7 @@ import numpy as np
 
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.exchange.embedding import Embedding
-from hiddenlake.cache.exchange.importing import BLOCK_BYTES
+from hiddenlake.cache.exchange.importing import BLOCK_BYTES, Progress, no_progress
 from hiddenlake.cache.exchange.records import Lines, make_sample, read_fields
 from hiddenlake.cache.exchange.tensor_file import Tensor, TensorFile, inside
 from hiddenlake.cache.exchange.values import FLOATS, stored_dtype, to_bits
@@ -85,6 +85,7 @@ class JsonlSource:
         `compute_dtype`.
     layers : 0-based blocks, ascending, in the order of the tensors' layer axis; () where no site has layers.
     positions : names along the tensors' position axis, and `all` (`all_generated/8`, ...) where `tokens` are given.
+    progress : is called with (done, total) while it is checked, in bytes.
     dtype : as stored; default bfloat16 where every tensor is, else float32, which holds all exactly.
 
     Raises BadInputError, UnknownNameError for a site or a position that does not exist.
@@ -102,13 +103,16 @@ class JsonlSource:
         model: str | Path | None = None,
         compute_dtype: str | None = None,
         dtype: str | None = None,
+        progress: Progress = no_progress,
     ) -> None:
         path = Path(path)
         if model is not None and compute_dtype is None:
             raise BadInputError("compute_dtype is missing: it says to what the model's embeddings are rounded")
         self.compute_dtype = compute_dtype
         self._embedding = None if model is None else Embedding(Path(model), compute_dtype)
-        self._check_all(Lines(path, ("activations", "tokens")), TensorFiles(path.parent), layers, positions, dtype)
+        self._check_all(
+            Lines(path, ("activations", "tokens")), TensorFiles(path.parent), layers, positions, dtype, progress
+        )
 
     def _check_all(
         self,
@@ -117,6 +121,7 @@ class JsonlSource:
         layers: Sequence[int],
         positions: str | Sequence[str | int],
         dtype: str | None,
+        progress: Progress,
     ) -> None:
         path, self._files, self._lines = lines.path, files, lines
         self.provenance = {"source": path.name}
@@ -138,6 +143,7 @@ class JsonlSource:
                 raise BadInputError(f"{where}: key is {key!r}: expected a string that no other line has")
             keys[key] = row
             elements += self._check(line, fields, where, widths, dtypes)
+            progress(*lines.progress)
         if not keys:
             raise BadInputError(f"{path} has no lines: expected one a sample")
         if self._embedding is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hiddenlake.cache.errors import BadInputError, CorruptError
+from hiddenlake.cache.exchange.importing import Progress, no_progress
 from hiddenlake.cache.exchange.jsonl import JsonlSource, TensorFiles
 from hiddenlake.cache.exchange.plan import shard_name
 from hiddenlake.cache.exchange.records import Lines, known_fields
@@ -26,12 +27,14 @@ class OwnExport(JsonlSource):
 
     identity : the value identity of the capture that was exported.
 
+    progress : is called with (done, total) while it is checked, in rows.
+
     Raises BadInputError where it is no such folder, CorruptError where a file is not what was written.
     """
 
     format = "export"
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, progress: Progress = no_progress) -> None:
         folder = Path(folder)
         manifest = _manifest(folder)
         self.compute_dtype, self._embedding = None, None
@@ -41,7 +44,9 @@ class OwnExport(JsonlSource):
             name: value for name, value in manifest["identity"].items() if name not in ("stored_dtype", "imported")
         }
         positions = [*manifest["positions"], *([manifest["tokens"]] if manifest["tokens"] else [])]
-        self._check_all(_IndexLines(folder, manifest), files, manifest["layers"], positions, manifest["dtype"])
+        self._check_all(
+            _IndexLines(folder, manifest), files, manifest["layers"], positions, manifest["dtype"], progress
+        )
         self.provenance = {"source": folder.resolve().name, "exported": manifest.get("provenance")}
 
     def sample(self, number: int) -> Sample:
@@ -103,6 +108,7 @@ class _IndexLines(Lines):
     def scan(self) -> Iterator[tuple[int, dict[str, Any], str]]:
         for row in range(self._table.num_rows):
             line, where = self.read(row)
+            self.progress = (row + 1, self._table.num_rows)
             yield row, line, where
 
     def read(self, row: int) -> tuple[dict[str, Any], str]:

@@ -136,11 +136,13 @@ class Lines:
     """A JSONL file whose lines are parsed when they are asked for: only where each starts is kept.
 
     ignored : names of fields that no sample has.
+    progress : how far `scan` is, (done, total), in bytes.
     """
 
     def __init__(self, path: Path, used: Sequence[str] = ()) -> None:
         self.path = path
         self.ignored: set[str] = set()
+        self.progress = (0, 0)
         self._known = {*_FIELDS, *used}
         self._starts: list[int] = []
         self._numbers: list[int] = []
@@ -150,6 +152,7 @@ class Lines:
         start = 0
         try:
             with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
                 for number, raw in enumerate(iter(lambda: file.readline(_LINE_BYTES + 1), b""), 1):
                     where = f"{self.path}, line {number}"
                     if len(raw) > _LINE_BYTES:
@@ -157,6 +160,7 @@ class Lines:
                     if raw.strip():
                         self._starts.append(start)
                         self._numbers.append(number)
+                        self.progress = (start + len(raw), size)
                         line = _parse(raw, where)
                         self.ignored |= line.keys() - self._known
                         yield len(self._starts) - 1, line, where

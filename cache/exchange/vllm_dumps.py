@@ -18,7 +18,7 @@ import numpy as np
 
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.exchange.embedding import Embedding
-from hiddenlake.cache.exchange.importing import BLOCK_BYTES
+from hiddenlake.cache.exchange.importing import BLOCK_BYTES, Progress, no_progress
 from hiddenlake.cache.exchange.records import Lines, make_sample, read_fields
 from hiddenlake.cache.exchange.tensor_file import TensorFile, inside
 from hiddenlake.cache.exchange.values import FLOATS, NAMES, stored_dtype, to_bits
@@ -44,6 +44,7 @@ class VllmDumps:
     model : a Hugging Face folder whose embedding table is `embed` where the dumps lack layer id 0; where they have it,
         every row is compared with the table, bit for bit.
     positions : as everywhere; `all` for token level.
+    progress : is called with (done, total) while it is checked, in files.
     dtype : as stored; default bfloat16 for bfloat16 and float32 for what only that holds exactly.
 
     Raises BadInputError.
@@ -63,6 +64,7 @@ class VllmDumps:
         model: str | Path | None = None,
         positions: str | Sequence[str | int] = "all",
         dtype: str | None = None,
+        progress: Progress = no_progress,
     ) -> None:
         self.folder = Path(folder)
         self._ids = list(layer_ids)
@@ -92,7 +94,7 @@ class VllmDumps:
         rows = self._requests(files)
         self.keys = list(rows)
         self._rows = [rows[key] for key in self.keys]
-        found, width, self._tokens = self._check_headers(compute_dtype)
+        found, width, self._tokens = self._check_headers(compute_dtype, progress)
         layers = tuple(k - 1 for k in self._ids if k)
         stored = stored_dtype(found, dtype)
         self.coverage = Coverage((SITE,), layers, names, {SITE: width, EMBED: width}, stored, tokens)
@@ -148,10 +150,11 @@ class VllmDumps:
             raise BadInputError(f"{self._lines.path} has no line for the request {min(without)!r}, which has a dump")
         return rows
 
-    def _check_headers(self, compute_dtype: str) -> tuple[set[str], int, int]:
+    def _check_headers(self, compute_dtype: str, progress: Progress) -> tuple[set[str], int, int]:
         """(dtypes, hidden size, tokens of all dumps)."""
         dtypes, widths, tokens = set(), set(), 0
-        for path, _ in self._rows:
+        for done, (path, _) in enumerate(self._rows):
+            progress(done, len(self._rows))
             with TensorFile(path) as file:
                 states, ids = file.tensor(_STATES, FLOATS), file.tensor(_IDS, ("I64", "I32"))
             if len(states.shape) != 3 or ids.shape != states.shape[:1] or 0 in states.shape:

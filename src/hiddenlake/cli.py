@@ -416,7 +416,7 @@ def import_command(
     from hiddenlake.cache.exchange.importing import import_source
     from hiddenlake.cache.exchange.meter import Meter
     from hiddenlake.cache.exchange.records import load_identity
-    from hiddenlake.cache.progress import size
+    from hiddenlake.cache.progress import counted, size
 
     if format not in ("vllm", "jsonl", "export"):
         raise BadInputError(f"--format {format!r}: expected vllm, jsonl or export")
@@ -425,36 +425,48 @@ def import_command(
             "--identity names what made the activations: give it, except for an export, which has its own"
         )
     known = None if identity is None else load_identity(identity)
-    _talk(f"checking {source}")
-    if format == "vllm":
-        from hiddenlake.cache.exchange.vllm_dumps import VllmDumps
+    with counted(f"checking {source.name}") as progress:
+        if format == "vllm":
+            from hiddenlake.cache.exchange.vllm_dumps import VllmDumps
 
-        opened = VllmDumps(
-            source,
-            _numbers("--layer-ids", layer_ids or ""),
-            known["compute_dtype"],
-            samples=samples,
-            prompts_only=prompts_only,
-            model=model,
-            positions=positions,
-            dtype=dtype,
-        )
-    elif format == "jsonl":
-        from hiddenlake.cache.exchange.jsonl import JsonlSource
+            opened = VllmDumps(
+                source,
+                _numbers("--layer-ids", layer_ids or ""),
+                known["compute_dtype"],
+                samples=samples,
+                prompts_only=prompts_only,
+                model=model,
+                positions=positions,
+                dtype=dtype,
+                progress=progress,
+            )
+        elif format == "jsonl":
+            from hiddenlake.cache.exchange.jsonl import JsonlSource
 
-        numbers = _numbers("--layers", layers) if layers else []
-        opened = JsonlSource(source, numbers, positions, model=model, compute_dtype=known["compute_dtype"], dtype=dtype)
-    else:
-        from hiddenlake.cache.exchange.own_export import OwnExport
+            opened = JsonlSource(
+                source,
+                _numbers("--layers", layers) if layers else [],
+                positions,
+                model=model,
+                compute_dtype=known["compute_dtype"],
+                dtype=dtype,
+                progress=progress,
+            )
+        else:
+            from hiddenlake.cache.exchange.own_export import OwnExport
 
-        opened = OwnExport(source)
-    with Meter("importing") as meter:
-        done = import_source(opened, out, known, buffer_bytes=_bytes("--buffer-bytes", buffer_bytes), watcher=meter)
+            opened = OwnExport(source, progress=progress)
+    try:
+        with Meter("importing") as meter:
+            done = import_source(opened, out, known, buffer_bytes=_bytes("--buffer-bytes", buffer_bytes), watcher=meter)
+    except KeyboardInterrupt:
+        _talk("interrupted: what was complete is stored; the same command goes on from here")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     if as_json:
         print(json.dumps(asdict(done)))
     _talk(
         f"{done.imported} samples imported into {done.path}, {size(done.bytes)}; {done.present} were there before, "
-        f"{done.failed} failed"
+        f"{done.failed} failed" + (f", {done.elsewhere} are another process's" if done.elsewhere else "")
     )
     for cause in sorted(set(done.causes.values()))[:10]:
         _talk(f"  failed: {cause} ({sum(c == cause for c in done.causes.values())} samples)")

@@ -245,6 +245,15 @@ def test_a_part_of_a_capture(captures, tmp_path):
     assert index["token_index"].to_pylist() == expected
 
 
+@pytest.mark.slow
+def test_the_card_makes_the_index_a_dataset(captures, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    export_capture(captures(), tmp_path / "out")
+    found = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert found["key"][:] == captures().keys and "shard_row" in found.column_names
+
+
 def test_labels_stand_beside_the_samples(tiny, tmp_path):
     import pyarrow as pa
 
