@@ -144,7 +144,9 @@ def _batches(
             counts = selection.lengths[rows.start : rows.stop]
             blocks = list(selection.token_blocks(part, rows, 4 * _VALUES, "float32"))
             name = f"tokens_{part.column}"
-            columns[name] = _array(schema.field(name).type, np.concatenate(blocks), counts, part)
+            columns[name] = _array(
+                schema.field(name).type, np.concatenate(blocks) if len(blocks) > 1 else blocks[0], counts, part
+            )
     arrays = [columns[name].cast(schema.field(name).type) if name in table.column_names else columns[name]
               for name in schema.names]  # fmt: skip
     yield from pa.Table.from_arrays(arrays, schema=schema).to_batches()

@@ -37,10 +37,11 @@ class Meter(Watcher):
         self._bar.stop()
 
     def planned(self, cost: Cost) -> None:
+        table = f" and up to {size(cost.table_bytes)} of their table" if cost.table_bytes else ""
         self.console.print(
             f"{cost.samples} samples, {cost.files} files: {cost.data_bytes} bytes ({size(cost.data_bytes)}) of "
-            f"activations and up to {size(cost.table_bytes)} of their table ({size(cost.disk_free)} of disk free), "
-            f"up to {size(cost.memory_bytes)} of memory" + (f"; {cost.note}" if cost.note else ""),
+            f"activations{table} ({size(cost.disk_free)} of disk free), up to {size(cost.memory_bytes)} of memory"
+            + (f"; {cost.note}" if cost.note else ""),
             soft_wrap=True,
         )
         self._begun = self._said = time.perf_counter()

@@ -103,6 +103,12 @@ class _IndexLines(Lines):
         needed |= {"token_shard", "token_row", "token_count"} if manifest["tokens"] else set()
         if missing := needed - set(self._table.column_names):
             raise BadInputError(f"{path} lacks {', '.join(sorted(missing))}: expected the index of an export")
+        for name in needed:
+            kind, nulls = self._table[name].type, self._table[name].null_count
+            if nulls or not (pa.types.is_integer(kind) or name in ("key", "checksum", "token_ids")):
+                raise BadInputError(
+                    f"{path}: column {name} is {kind} with {nulls} nulls: expected the index of an export"
+                )
         self.ignored = set(self._table.column_names) - known_fields() - needed - {"row"}
 
     def scan(self) -> Iterator[tuple[int, dict[str, Any], str]]:

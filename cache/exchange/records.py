@@ -21,7 +21,8 @@ _LINE_BYTES = 64 << 20
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    # JSON can spell half a surrogate pair, which no file of ours can hold
+    return isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
 
 
 def _is_count(value: Any) -> bool:
@@ -46,10 +47,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
     "prompt": (_is_text, "a string", ""),
     "answer": (_is_text, "a string", ""),
     "answers": (_is_list(_is_text), "a list of strings", []),
-    "correct": (lambda value: value is None or isinstance(value, bool), "true, false or null", None),
-    "exact_answer": (lambda value: value is None or _is_text(value), "a string or null", None),
+    "correct": (lambda value: isinstance(value, bool), "true, false or null", None),
+    "exact_answer": (_is_text, "a string or null", None),
     "exact_answer_tokens": (
-        lambda value: value is None or (_is_list(_is_count)(value) and len(value) == 2),
+        lambda value: _is_list(_is_count)(value) and len(value) == 2,
         "[first, last] indices into token_ids, or null",
         None,
     ),
@@ -69,13 +70,13 @@ def known_fields() -> set[str]:
 
 
 def read_fields(line: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a line that a sample has. Raises BadInputError for one of another type."""
+    """The fields of a line that a sample has; null stands for none. Raises BadInputError for one of another type."""
     found = {}
     for name, (fits, words, default) in _FIELDS.items():
-        value = line.get(name, default)
-        if name in line and not fits(value):
+        value = line.get(name)
+        if value is not None and not fits(value):
             raise BadInputError(f"{where}: {name} is {_short(value)}: expected {words}")
-        found[name] = value
+        found[name] = default if value is None else value
     return found
 
 

@@ -182,6 +182,7 @@ REFUSED = {
     "no ids": (line(1, token_ids=[]), "prompt_length is 4, but there are 0"),
     "ids below 0": (line(1, token_ids=[-1] * 6), "token_ids is"),
     "huge ids": (line(1, token_ids=[2**40] * 6), "token_ids is"),
+    "half a character": (line(1, prompt="\ud800"), "prompt is"),
     "fewer indices": (line(1, token_index=[3]), "token_index has 1 entries"),
     "an index outside": (line(1, token_index=[3, 6, -1]), "token_index of -1 is 6"),
     "a pooled index": (line(1, token_index=[-2, 5, -1]), "token_index of last_q is -2"),
@@ -241,6 +242,36 @@ def test_an_export_with_a_flipped_byte_is_found(captures, tmp_path, name):
     data[len(data) // 2] ^= 1
     (tmp_path / "out" / name).write_bytes(data)
     with pytest.raises(CorruptError, match="its SHA-256 is not that of manifest.json"):
+        OwnExport(tmp_path / "out")
+
+
+def test_an_index_that_is_not_ours_is_refused(captures, tmp_path):
+    import hashlib
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    export_capture(captures(), tmp_path / "out")
+    index, manifest = tmp_path / "out/index.parquet", tmp_path / "out/manifest.json"
+    good = pq.read_table(index)
+    strings = good.set_column(good.column_names.index("shard"), "shard", pa.array(["../x"] * good.num_rows))
+    nulls = good.set_column(good.column_names.index("shard_row"), "shard_row", pa.nulls(good.num_rows, pa.int64()))
+    for table, message in [
+        (strings, "column shard is string"),
+        (nulls, "with 23 nulls"),
+        (good.drop_columns(["token_row"]), "lacks token_row"),
+        (good.set_column(0, "key", pa.array(["x"] * good.num_rows)), "key is 'x'"),
+    ]:
+        pq.write_table(table, index)
+        facts = json.loads(manifest.read_bytes())
+        facts["files"]["index.parquet"]["sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+        manifest.write_text(json.dumps(facts))
+        with pytest.raises(BadInputError, match=message):
+            OwnExport(tmp_path / "out")
+    index.write_bytes(b"no Parquet")
+    facts["files"]["index.parquet"]["sha256"] = hashlib.sha256(b"no Parquet").hexdigest()
+    manifest.write_text(json.dumps(facts))
+    with pytest.raises(BadInputError, match="fetch the export again"):
         OwnExport(tmp_path / "out")
 
 
