@@ -27,7 +27,7 @@ def card(selection: Selection, shards: Shards) -> str:
         f"# Activations of {model}",
         "",
         f"{len(selection)} samples; sites {', '.join(sites)}; layers {', '.join(map(str, layers)) or 'none'} "
-        f"(0-based blocks); {selection.dtype}, bit for bit as captured. Written by hiddenlake.",
+        f"(0-based blocks); {selection.dtype}, bit for bit as stored. Written by hiddenlake.",
         "",
         "`index.parquet` has one row a sample in task order: prompt, answer, token ids, labels, and where its "
         "activations lie. `manifest.json` has each file's size and SHA-256.",

@@ -15,7 +15,7 @@ class Cost:
     samples : that are transferred.  files : that are written, or read.
     data_bytes : activations.  table_bytes : the samples' table, before compression.
     memory_bytes : most host memory for activations at a time, and the table.
-    disk_free : what the target's disk has.
+    disk_free : what the target's disk has, None where that is not known.
     note : what is said beside the figures.
     """
 
@@ -24,12 +24,12 @@ class Cost:
     data_bytes: int
     table_bytes: int
     memory_bytes: int
-    disk_free: int
+    disk_free: int | None
     note: str = ""
 
     def check(self) -> None:
         """Raise StoreError when the disk cannot hold it."""
-        if self.data_bytes + self.table_bytes > self.disk_free:
+        if self.disk_free is not None and self.data_bytes + self.table_bytes > self.disk_free:
             raise StoreError(
                 f"the disk is too full: {(self.data_bytes + self.table_bytes) / 2**30:.2f} GiB are needed, "
                 f"{self.disk_free / 2**30:.2f} GiB are free; free some space, or name fewer sites, layers or positions"

@@ -5,8 +5,8 @@ One row a sample in task order, with the columns of samples/ and the labels, and
     resid_post_13          Array2D (position, width) float32; NaN where the position is absent
     tokens_resid_post_13   Array2D (token, width) float32, as many tokens as the sample has
 
-The files are those that `Dataset.save_to_disk` makes, written a batch of rows at a time. Arrow has no bfloat16: it is
-widened to float32, exactly, which doubles it.
+The files are those that `Dataset.save_to_disk` makes, written a batch of rows at a time. Arrow has no bfloat16: what
+is half as wide is widened to float32, exactly, which doubles it.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ def plan(selection: Selection, shard_bytes: int, memory_bytes: int) -> Plan:
     if widest * max(len(selection.positions), int(selection.lengths.max())) > _VALUES:
         raise BadInputError(f"one sample has more than {_VALUES} values of one site: export safetensors")
     shards = [range(*run) for run in pack(rows, shard_bytes)]
-    widened = "bfloat16 is widened to float32, exactly: twice the bytes" if selection.dtype == "bfloat16" else ""
+    widened = "" if selection.itemsize == 4 else f"{selection.dtype} is widened to float32, exactly: twice the bytes"
     return Plan(
         data_bytes=int(rows.sum()),
         files=len(shards),

@@ -13,7 +13,7 @@ from hiddenlake.cache.exchange.cost import Cost, Watcher, disk_free
 from hiddenlake.cache.exchange.records import check_identity, complete_identity
 from hiddenlake.cache.positions import ABSENT
 from hiddenlake.cache.samples import Failure, Sample
-from hiddenlake.cache.store.coverage import EMBED, Coverage
+from hiddenlake.cache.store.coverage import DTYPES, EMBED, Coverage
 from hiddenlake.cache.store.reader import open_capture
 from hiddenlake.cache.store.writer import Writer, open_writer
 
@@ -124,8 +124,7 @@ def import_source(
     wanted = len(source.keys) + len(source.missing)
     present = _present(out, source)
     result = Imported(str(out), source.format, present=len(present))
-    itemsize = 2 if source.coverage.dtype == "bfloat16" else 4
-    bytes_ = source.elements * itemsize
+    bytes_ = source.elements * DTYPES[source.coverage.dtype][0].itemsize
     if source.keys:
         bytes_ = bytes_ * (len(source.keys) - len(present)) // len(source.keys)
     cost = Cost(
@@ -134,7 +133,8 @@ def import_source(
         data_bytes=bytes_,
         table_bytes=0,
         memory_bytes=buffer_bytes + 4 * BLOCK_BYTES,
-        disk_free=disk_free(Path(out)),
+        # nobody knows how much a bucket holds
+        disk_free=None if "://" in str(out) else disk_free(Path(out)),
         note="; ".join(filter(None, [source.note, present and f"{len(present)} samples are there already"])),
     )
     cost.check()

@@ -86,7 +86,7 @@ class JsonlSource:
     layers : 0-based blocks, ascending, in the order of the tensors' layer axis; () where no site has layers.
     positions : names along the tensors' position axis, and `all` (`all_generated/8`, ...) where `tokens` are given.
     progress : is called with (done, total) while it is checked, in bytes.
-    dtype : as stored; default bfloat16 where every tensor is, else float32, which holds all exactly.
+    dtype : as stored; default the tensors' own where they have one, else float32, which holds all exactly.
 
     Raises BadInputError, UnknownNameError for a site or a position that does not exist.
     """

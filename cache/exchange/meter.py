@@ -38,9 +38,10 @@ class Meter(Watcher):
 
     def planned(self, cost: Cost) -> None:
         table = f" and up to {size(cost.table_bytes)} of their table" if cost.table_bytes else ""
+        free = "" if cost.disk_free is None else f" ({size(cost.disk_free)} of disk free)"
         self.console.print(
             f"{cost.samples} samples, {cost.files} files: {cost.data_bytes} bytes ({size(cost.data_bytes)}) of "
-            f"activations{table} ({size(cost.disk_free)} of disk free), up to {size(cost.memory_bytes)} of memory"
+            f"activations{table}{free}, up to {size(cost.memory_bytes)} of memory"
             + (f"; {cost.note}" if cost.note else ""),
             soft_wrap=True,
         )

@@ -6,7 +6,7 @@
     keys.parquet                  a row a sample, with `row`, and `token_row` and `token_count`
     manifest.json                 identity, positions, and each file's bytes and SHA-256
 
-NumPy has no bfloat16: it is widened to float32, exactly, which doubles it. The file says so nowhere, the manifest does.
+NumPy has no bfloat16: what is half as wide is widened to float32, exactly, which doubles it. The file says so nowhere, the manifest does.
 """
 
 import io
@@ -29,7 +29,7 @@ def plan(selection: Selection, shard_bytes: int, memory_bytes: int) -> Plan:
     places = {}
     if selection.tokens:
         places = {"token_row": np.cumsum(selection.lengths) - selection.lengths, "token_count": selection.lengths}
-    widened = "bfloat16 is widened to float32, exactly: twice the bytes" if selection.dtype == "bfloat16" else ""
+    widened = "" if selection.itemsize == 4 else f"{selection.dtype} is widened to float32, exactly: twice the bytes"
     return Plan(
         data_bytes=selection.values * 4,
         files=kinds * len(selection.parts),

@@ -7,7 +7,7 @@
     README.md                                           a dataset card, whose viewer shows the index
     manifest.json                                       identity, coverage, and each file's bytes and SHA-256
 
-Bits are those of the store, bfloat16 as BF16. Neither torch nor safetensors is needed to write it.
+Bits are those of the store, bfloat16 as BF16, float16 as F16. Neither torch nor safetensors is needed to write it.
 """
 
 import json
@@ -22,9 +22,10 @@ from hiddenlake.cache.exchange.plan import Plan, Shards, cut, shard_name
 from hiddenlake.cache.exchange.selection import Part, Selection, pack_even
 from hiddenlake.cache.exchange.target import Target
 from hiddenlake.cache.exchange.tensor_file import header
+from hiddenlake.cache.exchange.values import NAMES
 
 ACTIVATIONS = "activations"
-_DTYPE = {"bfloat16": "BF16", "float32": "F32"}
+_DTYPE = {own: name for name, own in NAMES.items()}
 
 # A block is read as (position, sample, width) and turned into (sample, position, width): two copies, and what the
 # reader holds while it checks them.

@@ -9,7 +9,7 @@ import numpy as np
 from hiddenlake.cache.errors import BadInputError, UnknownNameError
 from hiddenlake.cache.positions import Tokens, parse_positions
 from hiddenlake.cache.sites import SITES, parse_layers
-from hiddenlake.cache.store.coverage import EMBED
+from hiddenlake.cache.store.coverage import DTYPES, EMBED
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.cache.store.snapshot import Dtype
 
@@ -43,7 +43,7 @@ class Selection:
     positions, tokens : () and None where no cells, or no tokens, are exported.
     samples : the columns of samples/, in task order.
     lengths : (sample,) int64, stored tokens of each sample; 0 without tokens.
-    dtype : as stored, `bfloat16` or `float32`.
+    dtype : as stored, e.g. `bfloat16`.
     """
 
     capture: Capture
@@ -62,7 +62,7 @@ class Selection:
 
     @property
     def itemsize(self) -> int:
-        return 2 if self.dtype == "bfloat16" else 4
+        return DTYPES[self.dtype][0].itemsize
 
     @property
     def values(self) -> int:

@@ -68,6 +68,7 @@ def _write(selection: Selection, shards: Shards, target: Target, progress: Calla
                 target,
                 shard_name(part.name, number, len(shards.cells), "pt"),
                 _gathered(selection, shape, cell_blocks(selection, part, rows, max(1, limit // 4))),
+                selection.dtype,
                 facts | {"positions": list(selection.positions)} | _rows(keys, rows),
                 progress,
             )
@@ -77,14 +78,15 @@ def _write(selection: Selection, shards: Shards, target: Target, progress: Calla
                 target,
                 shard_name(f"tokens/{part.name}", number, len(shards.tokens), "pt"),
                 _gathered(selection, shape, selection.token_blocks(part, rows, max(1, limit // 4))),
+                selection.dtype,
                 facts | {"tokens": str(selection.tokens)} | _rows(keys, rows),
                 progress,
             )
 
 
 def _gathered(selection: Selection, shape: tuple[int, ...], blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """All blocks as one array of bits: int16 for bfloat16, which torch can take over without a copy."""
-    out = np.empty(shape, np.int16 if selection.dtype == "bfloat16" else np.float32)
+    """All blocks as one array of bits: int16 for the half-wide types, which torch can take over without a copy."""
+    out = np.empty(shape, np.float32 if selection.itemsize == 4 else np.int16)
     done = 0
     for values in blocks:
         out[done : done + len(values)] = values.view(out.dtype)
@@ -95,13 +97,13 @@ def _gathered(selection: Selection, shape: tuple[int, ...], blocks: Iterable[np.
 
 
 def _write_file(
-    target: Target, name: str, bits: np.ndarray, facts: dict[str, Any], progress: Callable[[int], None]
+    target: Target, name: str, bits: np.ndarray, dtype: str, facts: dict[str, Any], progress: Callable[[int], None]
 ) -> None:
     import torch
 
-    tensor = torch.from_numpy(bits)
+    tensor = torch.from_numpy(bits).view(getattr(torch, dtype))
     archive = io.BytesIO()
-    torch.save({"activations": tensor.view(torch.bfloat16) if bits.dtype == np.int16 else tensor, **facts}, archive)
+    torch.save({"activations": tensor, **facts}, archive)
     with target.open(name) as file:
         file.write(archive.getbuffer())
     progress(bits.nbytes)

@@ -25,7 +25,7 @@ from hiddenlake.cache.exchange.values import FLOATS, NAMES, stored_dtype, to_bit
 from hiddenlake.cache.pools import Pool
 from hiddenlake.cache.positions import POOLED, POOLS, parse_positions, span_of
 from hiddenlake.cache.samples import Failure, Sample
-from hiddenlake.cache.store.coverage import EMBED, Coverage
+from hiddenlake.cache.store.coverage import DTYPES, EMBED, Coverage
 
 _STATES, _IDS = "hidden_states", "token_ids"
 SITE = "resid_post"
@@ -45,7 +45,7 @@ class VllmDumps:
         every row is compared with the table, bit for bit.
     positions : as everywhere; `all` for token level.
     progress : is called with (done, total) while it is checked, in files.
-    dtype : as stored; default bfloat16 for bfloat16 and float32 for what only that holds exactly.
+    dtype : as stored; default the dumps' own where a capture can have it, else float32, which holds all exactly.
 
     Raises BadInputError.
     """
@@ -111,8 +111,8 @@ class VllmDumps:
             said.append("no texts were given: prompts and answers stay empty")
         elif self._lines.ignored:
             said.append(f"fields that are not imported: {', '.join(sorted(self._lines.ignored))}")
-        if self.coverage.dtype == "float32" and found != {"F32"}:
-            said.append("stored as float32, exactly")
+        if {self.coverage.dtype} != {NAMES[name] for name in found}:
+            said.append(f"stored as {self.coverage.dtype}, exactly")
         if self.missing:
             said.append(f"{len(self.missing)} requests have no dump")
         return "; ".join(said)
@@ -230,13 +230,16 @@ class VllmDumps:
         """(layer, 1, width) and (1, width)."""
         span = self._span(number, sample, name)
         how = POOLS[name][0]
+        # pooled as a capture pools: in float64, then rounded to what is stored, to nearest even
+        bits, kind, _ = DTYPES[self.coverage.dtype]
         pools = {site: Pool([how]) for site in (SITE, EMBED)}
         shapes = {}
         for block in self._blocks(file, sample, span):
             for site, rows in block.items():
                 shapes[site] = (*rows.shape[:-2], 1, rows.shape[-1])
-                pools[site].add(rows.reshape(-1, *rows.shape[-2:]).swapaxes(0, 1).reshape(rows.shape[-2], -1))
-        return {site: pool.result(how).reshape(shapes[site]) for site, pool in pools.items()}
+                wide = np.ascontiguousarray(rows).view(kind).astype(np.float32)
+                pools[site].add(wide.reshape(-1, *rows.shape[-2:]).swapaxes(0, 1).reshape(rows.shape[-2], -1))
+        return {site: pool.result(how).astype(kind).view(bits).reshape(shapes[site]) for site, pool in pools.items()}
 
     def _span(self, number: int, sample: Sample, name: str) -> range:
         window = None
@@ -275,7 +278,7 @@ class VllmDumps:
 
 def _plain(bits: np.ndarray) -> np.ndarray:
     """Bits that compare as bits."""
-    return bits if bits.dtype == np.uint16 else np.ascontiguousarray(bits).view(np.uint32)
+    return np.ascontiguousarray(bits).view(np.uint32 if bits.itemsize == 4 else np.uint16)
 
 
 def _natural(name: str) -> list[Any]:

@@ -7,6 +7,8 @@ python peak.py import EXPORT OUT BYTES    imports its safetensors export with sh
 
 import json
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,10 +54,25 @@ def make(path, samples=SAMPLES):
             writer.add(shard, slot, sample, span)
 
 
-def memory(name):
-    """Bytes of VmRSS, or VmHWM, its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) << 10
+def memory():
+    """Bytes that the process itself takes. Pages of files that are mapped are not counted: they are the system's cache,
+    which it takes back when it needs it."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(lines[name].split()[0]) for name in ("RssAnon", "RssShmem")) << 10
+
+
+class Peak(threading.Thread):
+    """Looks every millisecond or so until it is stopped."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.before = self.most = memory()
+        self.running = True
+
+    def run(self):
+        while self.running:
+            self.most = max(self.most, memory())
+            time.sleep(0.001)
 
 
 class Heard(Watcher):
@@ -73,15 +90,16 @@ def main(what, source, out, allowed):
         opened = OwnExport(source)
     else:
         export_capture(f"{out}-small", f"{out}-warm", what, memory_bytes=64 << 20)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
+    peak = Peak()
+    peak.start()
     if what == "import":
         import_source(opened, out, buffer_bytes=int(allowed), watcher=watcher)
     else:
         export_capture(source, out, what, memory_bytes=int(allowed), watcher=watcher)
-    peak = memory("VmHWM") - before
+    peak.running = False
+    peak.join()
     cost = replace(watcher.cost, note="")
-    print(json.dumps({"allowed": cost.memory_bytes, "data": cost.data_bytes, "peak": peak}))
+    print(json.dumps({"allowed": cost.memory_bytes, "data": cost.data_bytes, "peak": peak.most - peak.before}))
 
 
 if __name__ == "__main__":

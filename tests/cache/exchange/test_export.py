@@ -14,8 +14,10 @@ from hiddenlake.cache.exchange.importing import import_source
 from hiddenlake.cache.exchange.own_export import OwnExport
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store import open_capture
+from hiddenlake.cache.store.coverage import DTYPES
 
 KINDS = [("cells", "bfloat16"), ("cells", "float32"), ("both", "bfloat16"), ("tokens", "bfloat16"), ("both", "float32")]
+KINDS += [("both", "float16")] * ("float16" in DTYPES)
 # Small enough that every site has several files, and every file several blocks.
 SMALL = {"shard_bytes": 3000, "memory_bytes": 25_000}
 
@@ -39,9 +41,9 @@ def as_numpy(tensor):
     import ml_dtypes
     import torch
 
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    return (
+        tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    )
 
 
 def check_shards(capture, folder, ending, load):
