@@ -15,7 +15,7 @@ from hiddenlake.cache.store.reader import Capture, open_capture
 
 FORMATS = ("safetensors", "datasets", "npy", "torch")
 
-# As the hub's own libraries cut datasets and the nearest peers cut shards; far below what the hub takes in one file.
+# Large enough that 70B and 100,000 samples are some thousands of files, small enough to be fetched again when one broke.
 SHARD_BYTES = 1 << 30
 MEMORY_BYTES = 1 << 30
 _VERSION = 1
