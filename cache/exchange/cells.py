@@ -1,11 +1,14 @@
-"""Export: one cell's activations as a table for the eye, or as a .npz file."""
+"""Cells: some activations as a .npz file, or one cell as a table for the eye."""
 
+import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hiddenlake.cache.errors import BadInputError
+from hiddenlake.cache.errors import BadInputError, StoreError
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.reader import Capture
 
@@ -19,15 +22,27 @@ def write_npz(capture: Capture, path: Path, site: str, layer: int | None = None,
     if path.suffix != ".npz":
         raise BadInputError(f"cannot write {path}: expected a name that ends in .npz")
     samples = capture.samples()
-    np.savez(
-        path,
-        activations=capture.read(site, layer, position, dtype="float32"),
-        layer=np.array(capture.coverage.layers if layer is None else [layer]),
-        position=np.array(capture.coverage.positions if position is None else [position]),
-        key=np.array(capture.keys),
-        index=samples["index"].to_numpy(),
-        correct=samples["correct"].to_numpy(zero_copy_only=False),
-    )
+    arrays = {
+        "activations": capture.read(site, layer, position, dtype="float32"),
+        "layer": np.array(capture.coverage.layers if layer is None else [layer]),
+        "position": np.array(capture.coverage.positions if position is None else [position]),
+        "key": np.array(capture.keys),
+        "index": samples["index"].to_numpy(),
+        "correct": samples["correct"].to_numpy(zero_copy_only=False),
+    }
+    # Beside its place first: neither Ctrl-C nor a full disk leaves half a file under its name.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with temporary.open("xb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror or error}: check the folder and its free space") from error
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
 
 
 def cell_table(capture: Capture, site: str, layer: int | None, position: str | None, rows: int) -> list[dict[str, Any]]:
