@@ -7,15 +7,17 @@ from typing import Self
 import ml_dtypes
 import numpy as np
 
-from hiddenlake.cache.store import snapshot
-
 # Elements that are copied, checked or widened at a time, so that a long sample takes no more memory than a short one.
 _BLOCK = 1 << 20
 
 
 def widen(rows: np.ndarray) -> np.ndarray:
     """Stored bits as float32, exactly: bfloat16 given as uint16, or float32."""
-    return snapshot.widen(rows) if rows.dtype == np.uint16 else rows
+    if rows.dtype != np.uint16:
+        return rows
+    wide = rows.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def blocks(tokens: Sequence[int], elements: int) -> Iterator[Sequence[int]]:

@@ -1,7 +1,7 @@
 """Exporting: a capture as a folder that other tools read, complete or not there."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,4 +111,6 @@ def _facts(selection: Selection) -> dict[str, Any]:
         "layers": sorted({part.layer for part in selection.parts if part.layer is not None}),
         "positions": list(selection.positions),
         "tokens": None if selection.tokens is None else str(selection.tokens),
+        "codec": selection.capture.codec,
+        "losses": {name: asdict(loss) for name, loss in selection.capture.losses().items()},
     }
