@@ -1,0 +1,101 @@
+"""hiddenlake's store: rows go into the writer's shard buffers as they arrive, and are read as its users read them."""
+
+from typing import Any
+
+import numpy as np
+from serve import expect, serve
+from store_arm import StoreArm
+from store_rows import Want
+
+from hiddenlake.cache.samples import Sample
+from hiddenlake.cache.store import Coverage, open_capture, open_writer
+
+SITE = "mlp_out"
+_TOKENS = 20
+
+
+class Hiddenlake(StoreArm):
+    """spec: "arrival": the order in which samples arrive, `task` or `shuffled`."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__(spec)
+        self._moves = 0
+        self._buffers_of: dict[tuple[int, ...], np.ndarray] = {}
+
+    def write(self) -> None:
+        s = self.shape
+        coverage = Coverage((SITE,), tuple(range(s.layers)), tuple(map(str, range(s.positions))), {SITE: s.hidden})
+        arrival = np.arange(s.samples)
+        if self.spec["arrival"] == "shuffled":
+            arrival = np.random.default_rng(1).permutation(arrival)
+        writer = open_writer(
+            self.folder, identity={"rows": "synthetic"}, coverage=coverage, provenance={}, planned=s.samples
+        )
+        with writer:
+            for start in range(0, s.samples, writer.shard_samples):
+                part = arrival[start : start + writer.shard_samples].tolist()
+                writer.reserve([_key(i) for i in part], len(part))
+                for i in part:
+                    rows = self.rows.sample(i)
+                    shard, slot = writer.slot()
+                    shard.views[SITE][..., slot, :] = rows
+                    shard.views["embed"][..., slot, :] = rows[0]
+                    writer.add(shard, slot, self._sample(i))
+
+    def _sample(self, i: int) -> Sample:
+        """Of a short question and answer, with a token for each position."""
+        prompt = _TOKENS - self.shape.positions // 3
+        return Sample(
+            key=_key(i), index=i, sample_index=0, group=str(i % 100), prompt=f"Which is number {i}?", answer=f"{i}.",
+            answers=(str(i),), correct=True, exact_answer=str(i), exact_answer_valid=True,
+            token_ids=tuple(range(_TOKENS)), logprobs=(-0.5,) * (_TOKENS - prompt), prompt_length=prompt,
+            total_length=_TOKENS, finish_reason="stop", token_index=tuple(range(self.shape.positions)),
+        )  # fmt: skip
+
+    def open(self) -> None:
+        self._capture = open_capture(self.folder)
+        expect("samples", len(self._capture), self.shape.samples)
+
+    def close(self) -> None:
+        del self._capture
+
+    def moved(self) -> None:
+        # under another name nothing is remembered of it: neither its row checksums nor that its indexes are right
+        self._moves += 1
+        self.folder = self.folder.rename(self.folder.with_name(f"{self.spec['name']}, moved {self._moves}"))
+
+    def read(self, want: Want, way: str) -> np.ndarray:
+        layer, position, samples = (_selection(axis) for axis in want.index)
+        samples = None if len(want.samples) == self.shape.samples else samples
+        more: dict[str, Any] = {"check": not way.startswith("unchecked")}
+        if way.endswith("into a buffer"):
+            more["out"] = self._buffer(want)
+        return self._capture.read(SITE, layer, position, samples, **more)
+
+    def _buffer(self, want: Want) -> np.ndarray:
+        import ml_dtypes
+
+        axes = [len(axis) for axis in (want.layers, want.positions, want.samples)]
+        shape = (*(axis for axis in axes if axis > 1), self.shape.hidden)
+        if shape not in self._buffers_of:
+            self._buffers_of[shape] = np.zeros(shape, ml_dtypes.bfloat16)
+        return self._buffers_of[shape]
+
+    def bits(self, result: np.ndarray, want: Want) -> np.ndarray:
+        shape = (len(want.layers), len(want.positions), len(want.samples), -1)
+        return result.view(np.uint16).reshape(shape)
+
+
+def _key(i: int) -> str:
+    return f"sample-{i}"
+
+
+def _selection(index: Any) -> Any:
+    """An index as `Capture.read` takes it."""
+    if isinstance(index, slice):
+        return range(index.start, index.stop)
+    return index
+
+
+if __name__ == "__main__":
+    serve(Hiddenlake)
