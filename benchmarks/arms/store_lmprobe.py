@@ -18,7 +18,11 @@ class Lmprobe(StoreArm):
         for i in range(s.samples):
             rows = np.ascontiguousarray(self.rows.sample(i).swapaxes(0, 1))
             save_prompt_activations(
-                _MODEL, _prompt(i), layers, torch.from_numpy(rows).view(torch.bfloat16).reshape(1, s.positions, -1), mask
+                _MODEL,
+                _prompt(i),
+                layers,
+                torch.from_numpy(rows).view(torch.bfloat16).reshape(1, s.positions, -1),
+                mask,
             )
 
     def read(self, want: Want, way: str) -> torch.Tensor:

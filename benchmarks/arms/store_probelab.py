@@ -27,7 +27,11 @@ class Probelab(StoreArm):
         found = []
         for layer in want.layers:
             activations = load_memmap(str(self.folder), layer=layer)
-            starts = activations.offsets[list(want.samples)] if len(want.samples) > 1 else activations.offsets[want.samples[0]]
+            starts = (
+                activations.offsets[list(want.samples)]
+                if len(want.samples) > 1
+                else activations.offsets[want.samples[0]]
+            )
             if len(want.positions) == 1:
                 found.append(activations.data[starts + want.positions[0]])
             elif len(want.samples) == 1:

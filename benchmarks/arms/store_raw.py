@@ -16,7 +16,9 @@ class Raw(StoreArm):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)
-        self._shard = np.resize(self.rows.sample(0).ravel(), self.shape.bytes // self.shape.samples // 2 * self.shape.shard)
+        self._shard = np.resize(
+            self.rows.sample(0).ravel(), self.shape.bytes // self.shape.samples // 2 * self.shape.shard
+        )
         self._buffer = np.zeros(0, np.uint8)
 
     def write(self) -> None:
@@ -48,8 +50,11 @@ class Raw(StoreArm):
 
     def read(self, want: Want, way: str) -> int:
         nbytes = want.bytes(self.shape)
-        buffer = self._buffer[:nbytes] if way == "into a buffer" else np.empty(nbytes, np.uint8)
+        buffer = np.empty(nbytes, np.uint8) if way == "into new memory" else self._buffer[:nbytes]
         offset = int(want.at * (self.shape.bytes - nbytes)) // _PAGE * _PAGE
+        if way == "announced":
+            # all of it goes to the disk at once, and not window by window of the kernel's read-ahead
+            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
         return os.preadv(self._descriptor, [buffer], offset)
 
     def bits(self, result: int, want: Want) -> None:

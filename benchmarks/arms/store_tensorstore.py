@@ -10,7 +10,7 @@ from store_arm import StoreArm
 from store_rows import Want
 
 # Of the way with a cache: it holds whatever a round reads.
-_CACHE_BYTES = 2 << 30
+_CACHE_BYTES = 1 << 30
 
 
 class TensorStore(StoreArm):

@@ -56,7 +56,9 @@ def test_an_arm_reads_what_it_wrote(name, tmp_path):
         for cold in (False, True):
             for want in WANTS.values():
                 # arms compare what they read with what they wrote
-                answer = ask(arm, op="read", wants=[{**want, "at": 0.1}, {**want, "at": 0.7}], way=way, cold=cold, seconds=9)
+                answer = ask(
+                    arm, op="read", wants=[{**want, "at": 0.1}, {**want, "at": 0.7}], way=way, cold=cold, seconds=9
+                )
                 assert len(answer["walls"]) == len(answer["cpus"]) == len(answer["fetched"]) == 2
     ask(arm, op="delete")
     assert list(tmp_path.iterdir()) == []
@@ -88,9 +90,9 @@ def test_the_limit_writes_as_many_bytes(files, count, tmp_path):
     assert len(list(arm.folder.iterdir())) == count
     if files == "one":
         for want in WANTS.values():
-            [nbytes] = ask(
-                arm, op="read", wants=[{**want, "at": 0.99}], way="into a buffer", cold=False, seconds=9
-            )["bytes"]
+            [nbytes] = ask(arm, op="read", wants=[{**want, "at": 0.99}], way="into a buffer", cold=False, seconds=9)[
+                "bytes"
+            ]
             assert nbytes == Want.of({**want, "at": 0}, Shape(**SHAPE)).bytes(Shape(**SHAPE))
 
 
