@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ class StoreBench:
         )
         self.layout = choose_layout(coverage, samples, _BUFFER_BYTES)
         self.failed: dict[Store, str] = {}
-        self._stack = stack
+        self._stack, self._start = stack, time.perf_counter()
         self._arms: dict[str, Arm] = {}
         self._random = np.random.default_rng(size.hidden)
 
@@ -105,13 +106,12 @@ class StoreBench:
         return self._arms[store.name]
 
     def write(self, store: Store) -> dict[str, Any]:
-        return self.arm(store).ask({"op": "write"})
+        return self.arm(store).ask({"op": "write", "fsync": not store.fsyncs})
 
     def delete(self, store: Store) -> None:
-        """What a store wrote, and its process, whose caches would stay."""
-        if store.name in self._arms and store not in self.failed:
+        """What a store wrote. Its process closes it, so that its caches go too, and stays: it has warmed up."""
+        if store not in self.failed:
             self.arm(store).ask({"op": "delete"})
-            self._arms.pop(store.name).close()
 
     def measure_writes(self, stores: Sequence[Store], rounds: int, warm_up: bool) -> dict[Store, Writes]:
         """What each store's writing cost, round by round; a first round for warming up is not kept."""
@@ -122,14 +122,14 @@ class StoreBench:
                     continue
                 try:
                     answer = self.write(store)
-                    self.arm(store).ask({"op": "delete"})
+                    self.delete(store)
                 except RuntimeError as error:
                     self.leave_out(store, error)
                     continue
                 if r >= warm_up:
                     found[store].add(answer, self.nbytes(store))
             now = ", ".join(f"{store.name} {of.rate[-1] / 1e6:.0f}" for store, of in found.items() if of.rate)
-            print(f"write {r + 1} of {rounds + warm_up}, MB/s: {now}", file=sys.stderr)
+            self.say(f"write {r + 1} of {rounds + warm_up}, MB/s: {now}")
         return found
 
     def measure_reads(self, cases: Sequence[Case], kind: Kind, cold: bool, rounds: int) -> dict[Case, Reads]:
@@ -142,15 +142,19 @@ class StoreBench:
                 round = {"op": "read", "wants": wants, "way": way, "cold": cold, "seconds": _SECONDS}
                 found[store, way].add(self.arm(store).ask(round))
         now = ", ".join(f"{store.label(way)} {np.median(of.ms):.3g}" for (store, way), of in found.items())
-        print(f"{'cold' if cold else 'warm'} {kind.name}, ms: {now}", file=sys.stderr)
+        self.say(f"{'cold' if cold else 'warm'} {kind.name}, ms: {now}")
         return found
+
+    def say(self, what: str) -> None:
+        """Progress, with the seconds since this size began."""
+        print(f"{self.size.hidden}, {time.perf_counter() - self._start:.0f} s: {what}", file=sys.stderr)
 
     def leave_out(self, store: Store, error: RuntimeError) -> None:
         """A rival that cannot run is left out, and said to be. Raises the error where it is not the rival's own."""
         if store not in RIVALS.values() or (isinstance(error, ArmError) and error.arm.name != store.name):
             raise error
         self.failed[store] = str(error)
-        print(f"{store.name} is left out: {error}", file=sys.stderr)
+        self.say(f"{store.name} is left out: {error}")
         if isinstance(error, ArmError):
             print(error.arm.log_tail(), file=sys.stderr)
             error.arm.close()

@@ -37,7 +37,7 @@ class Rounds:
     judged: bool
 
 
-FULL = Rounds(8, 12, 3, 5, 3, judged=True)
+FULL = Rounds(8, 10, 3, 5, 3, judged=True)
 QUICK = Rounds(3, 3, 1, 3, 1, judged=False)
 
 # A store that takes minutes is asked for a part of the samples, a multiple of this.

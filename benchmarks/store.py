@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -83,8 +82,6 @@ def write_limits(bench: StoreBench) -> list[Row]:
             means="growth of the writing process's resident memory, shared memory included, at its peak",
         )
     )  # fmt: skip
-    for store in (SHARDS, OURS, tensorstore):
-        bench.delete(store)
     return rows
 
 
@@ -98,8 +95,6 @@ def write_rivals(bench: StoreBench, rivals: Sequence[Store]) -> list[Row]:
         rows.append(write_row(bench, costs, rival, 1.0 if rival is RIVALS["tensorstore_plain"] else None))
         if not rival.fsyncs:
             rows.append(write_row(bench, costs, rival, None, shipped=True))
-    for store in (SHARDS, OURS, *rivals):
-        bench.delete(store)
     return rows
 
 
@@ -112,7 +107,7 @@ def write_row(
     note = (
         f"CPU {np.median(ours.cpu):.2f}, {np.median(theirs.cpu):.2f} s/GB; disk {np.median(ours.bytes):.3f}, "
         f"{np.median(theirs.bytes):.3f}; memory {np.median(ours.peak) / 2**20:.0f}, "
-        f"{np.median(theirs.peak) / 2**20:.0f} MiB{part(rival)}"
+        f"{np.median(theirs.peak) / 2**20:.0f} MiB{part(bench, rival)}"
     )
     name = rival.name
     if not rival.fsyncs:
@@ -187,7 +182,7 @@ def read_row(
     a, b = found[ours], found[rival]
     note = (
         f"{np.median(a.ms):.3g}, {np.median(b.ms):.3g} ms; CPU {np.median(a.cpu):.3g}, {np.median(b.cpu):.3g} ms"
-        f"{part(rival[0])}"
+        f"{part(bench, rival[0])}"
     )
     judged = bench.rounds.judged
     if cold:
@@ -205,8 +200,9 @@ def _way(case: Case) -> str:
     return f", {way}{', arrived in another order' if store is SHUFFLED else ''}"
 
 
-def part(store: Store) -> str:
-    return "" if store.part == 1 else f"; 1/{store.part} of the samples"
+def part(bench: StoreBench, store: Store) -> str:
+    samples = store.samples(bench.samples)
+    return "" if samples == bench.samples else f"; {samples:,} of {bench.samples:,} samples"
 
 
 def megabytes(rates: Sequence[float]) -> list[float]:
@@ -215,7 +211,6 @@ def megabytes(rates: Sequence[float]) -> list[float]:
 
 def measure(bench: StoreBench, rivals: Sequence[Store]) -> list[Row]:
     """All rows of one size."""
-    start = time.perf_counter()
     rows = write_limits(bench)
     for store in (CONTIGUOUS, OURS):
         bench.write(store)
@@ -226,14 +221,14 @@ def measure(bench: StoreBench, rivals: Sequence[Store]) -> list[Row]:
         bench.delete(store)
     # TensorStore has been written beside the limits already
     rows += write_rivals(bench, [rival for rival in rivals if rival is not RIVALS["tensorstore"]])
-    print(f"{bench.size.hidden} hidden took {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    bench.say("done")
     return rows
 
 
 def print_foot(rivals: Sequence[Store]) -> None:
     print(
         "- write: from rows of one sample at a time until all is durable; CPU seconds for each GB of activations; bytes on "
-        "disk for each byte of activations; growth of the process's memory at its peak. Ours also writes `embed`, a "
+        "disk for each byte of activations; growth of the process's memory at its peak, mapped files included. Ours also writes `embed`, a "
         "checksum of each row and the samples' table.\n"
         "- read: milliseconds and CPU milliseconds of one; cold: bytes that came from the disk for each that was asked for."
     )

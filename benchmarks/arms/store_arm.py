@@ -15,7 +15,8 @@ from store_rows import Rows, Shape, Want
 class StoreArm:
     """One store. A round is one of
 
-    {"op": "write"}: all samples, from memory to files that are durable; {"op": "delete"} of these files;
+    {"op": "write", "fsync"}: all samples, from memory to files, with an fsync of each where the store makes none;
+    {"op": "delete"} of these files;
     {"op": "read", "wants", "way", "cold", "seconds"}: as many of `wants` as `seconds` allow, one at least, each timed by
     itself. A warm one has been read just before; a cold one's files are not in the page cache.
     """
@@ -91,7 +92,8 @@ class StoreArm:
         cpu, start = time.process_time(), time.perf_counter()
         self.write()
         shipped = time.perf_counter() - start
-        make_durable(self.folder)
+        if round["fsync"]:
+            make_durable(self.folder)
         durable, cpu = time.perf_counter() - start, time.process_time() - cpu
         return {"shipped": shipped, "durable": durable, "cpu": cpu, "peak": peak() - before}
 

@@ -50,7 +50,7 @@ def ask(arm: StoreArm, **round):
 def test_an_arm_reads_what_it_wrote(name, tmp_path):
     arm = make(name, tmp_path)
     for _ in range(2):  # over what is there
-        written = ask(arm, op="write")
+        written = ask(arm, op="write", fsync=True)
     assert written["bytes"] >= Shape(**SHAPE).bytes and written["durable"] >= written["shipped"] > 0
     for way in ARMS[name][2]:
         for cold in (False, True):
@@ -66,7 +66,7 @@ def test_an_arm_reads_what_it_wrote(name, tmp_path):
 
 def test_a_read_of_other_rows_is_noticed(tmp_path):
     arm = make("memmap", tmp_path)
-    ask(arm, op="write")
+    ask(arm, op="write", fsync=True)
     file = arm.folder / "rows"
     rows = np.fromfile(file, np.uint16).reshape(3, 4, 10, 16)
     rows[1, 2] = rows[1, 2, ::-1]
@@ -78,7 +78,7 @@ def test_a_read_of_other_rows_is_noticed(tmp_path):
 
 def test_the_budget_ends_a_round_after_one_read(tmp_path):
     arm = make("memmap", tmp_path)
-    ask(arm, op="write")
+    ask(arm, op="write", fsync=True)
     answer = ask(arm, op="read", wants=[{**WANTS["cell"], "at": 0}] * 5, way="", cold=False, seconds=0)
     assert len(answer["walls"]) == 1
 
@@ -86,7 +86,7 @@ def test_the_budget_ends_a_round_after_one_read(tmp_path):
 @pytest.mark.parametrize(("files", "count"), [("one a shard", 3), ("one", 1)])
 def test_the_limit_writes_as_many_bytes(files, count, tmp_path):
     arm = Raw({"shape": SHAPE, "folder": str(tmp_path / "raw"), "name": "raw", "files": files})
-    assert ask(arm, op="write")["bytes"] == Shape(**SHAPE).bytes
+    assert ask(arm, op="write", fsync=True)["bytes"] == Shape(**SHAPE).bytes
     assert len(list(arm.folder.iterdir())) == count
     if files == "one":
         for want in WANTS.values():
