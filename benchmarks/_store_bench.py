@@ -48,8 +48,8 @@ class Reads:
 class Writes:
     """Of one store, round by round. rate : bytes of activations a second until durable.
 
-    shipped : until the store says that it is done.  cpu : seconds.  peak : bytes of memory beside what was there before.
-    bytes : of the files, for each byte of activations.
+    shipped : until the store says that it is done.  cpu : seconds for each GB.  peak : bytes of memory beside what was
+    there before.  bytes : of the files, for each byte of activations.
     """
 
     rate: list[float] = field(default_factory=list)

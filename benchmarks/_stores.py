@@ -38,7 +38,7 @@ class Rounds:
 
 
 FULL = Rounds(8, 10, 3, 5, 3, judged=True)
-QUICK = Rounds(3, 3, 1, 3, 1, judged=False)
+QUICK = Rounds(3, 3, 1, 2, 1, judged=False)
 
 # A store that takes minutes is asked for a part of the samples, a multiple of this.
 _FEWEST = 64
@@ -103,8 +103,8 @@ RIVALS = {
         "np.memmap", "store_memmap.py", "one file (layer, position, sample, hidden), filled a shard at once, flushed"
     ),
     "safetensors": Store(
-        "safetensors per request", "store_safetensors.py", "a file a request as vLLM's connector lays it out, 8 threads "
-        "that write, get_slice of the wanted rows", fsyncs=False,
+        "safetensors per request", "store_safetensors.py", "a file a request as vLLM's connector lays it out, 8 writing "
+        "threads, get_slice of the wanted rows", fsyncs=False,
     ),
     "probelab": Store(
         "probelab", "store_probelab.py", "save_memmap of all activations, gathered in memory; load_memmap of a layer",

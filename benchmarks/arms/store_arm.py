@@ -17,8 +17,8 @@ class StoreArm:
 
     {"op": "write", "fsync"}: all samples, from memory to files, with an fsync of each where the store makes none;
     {"op": "delete"} of these files;
-    {"op": "read", "wants", "way", "cold", "seconds"}: as many of `wants` as `seconds` allow, one at least, each timed by
-    itself. A warm one has been read just before; a cold one's files are not in the page cache.
+    {"op": "read", "wants", "way", "cold", "seconds"}: as many of `wants` as `seconds` allow, one at least, each timed
+    by itself. A warm one has been read just before; a cold one's files are not in the page cache.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -102,6 +102,7 @@ class StoreArm:
         until = time.perf_counter() + round["seconds"]
         for each in round["wants"]:
             want = Want.of(each, self.shape)
+            result = None  # its memory goes before the next is asked for, and its file may be thrown out
             if round["cold"]:
                 self.close()
                 self.moved()
@@ -111,7 +112,6 @@ class StoreArm:
             else:
                 self.aim(want)
                 self.read(want, way)
-            result = None  # its memory goes before the next is asked for
             from_disk, cpu, start = fetched(), time.process_time(), time.perf_counter()
             result = self.read(want, way)
             walls.append(time.perf_counter() - start)

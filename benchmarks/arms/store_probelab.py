@@ -24,22 +24,17 @@ class Probelab(StoreArm):
         save_memmap(activations, str(self.folder))
 
     def read(self, want: Want, way: str) -> list[torch.Tensor]:
-        found = []
-        for layer in want.layers:
-            activations = load_memmap(str(self.folder), layer=layer)
-            starts = (
-                activations.offsets[list(want.samples)]
-                if len(want.samples) > 1
-                else activations.offsets[want.samples[0]]
-            )
-            if len(want.positions) == 1:
-                found.append(activations.data[starts + want.positions[0]])
-            elif len(want.samples) == 1:
-                start = int(starts)
-                found.append(activations.data[start + want.positions.start : start + want.positions.stop].clone())
-            else:
-                found.append(activations.data[(starts[:, None] + torch.tensor(want.positions)).flatten()])
-        return found
+        return [self._layer(load_memmap(str(self.folder), layer=layer), want) for layer in want.layers]
+
+    def _layer(self, activations: Activations, want: Want) -> torch.Tensor:
+        """(sample and position, hidden), in memory: `data` is a view of the file."""
+        if len(want.samples) == 1:
+            start = int(activations.offsets[want.samples[0]])
+            return activations.data[start + want.positions.start : start + want.positions.stop].clone()
+        starts = activations.offsets[:-1]
+        if len(want.samples) < self.shape.samples:
+            starts = starts[torch.tensor(want.samples)]
+        return activations.data[(starts[:, None] + torch.tensor(want.positions)).flatten()]
 
     def bits(self, result: list[torch.Tensor], want: Want) -> np.ndarray:
         shape = (len(want.layers), len(want.samples), len(want.positions), self.shape.hidden)

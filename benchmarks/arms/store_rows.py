@@ -31,7 +31,10 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """What one read asks for. layers, positions, samples : indices, ascending.  at : in [0, 1), for what has no cells."""
+    """What one read asks for.
+
+    layers, positions, samples : indices, ascending.  at : in [0, 1), where to read in what has no cells.
+    """
 
     layers: range
     positions: range

@@ -1,5 +1,6 @@
 """SAELens's cache: CacheActivationsRunner without its model, one run a layer, read back by its ActivationsStore."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class SaeLens(StoreArm):
 
     def close(self) -> None:
         self._stores.clear()
+        gc.collect()  # what maps the files is held in cycles, and pages that are mapped stay
 
     def aim(self, want: Want) -> None:
         for layer in want.layers:

@@ -1,4 +1,4 @@
-"""safetensors, a file a request, in the layout of vLLM's hidden-states connector: (token, layer, hidden) and the ids."""
+"""safetensors, a file a request, as vLLM's hidden-states connector lays it out: (token, layer, hidden) and the ids."""
 
 from concurrent.futures import ThreadPoolExecutor
 

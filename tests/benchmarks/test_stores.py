@@ -1,4 +1,4 @@
-"""The store benchmark's arms: what each reads is what was written, whatever is asked for, and a wrong row is noticed."""
+"""The store benchmark's arms: each reads what was written, whatever is asked for, and a wrong row is noticed."""
 
 import importlib
 import json
