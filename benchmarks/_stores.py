@@ -103,8 +103,8 @@ RIVALS = {
         "np.memmap", "store_memmap.py", "one file (layer, position, sample, hidden), filled a shard at once, flushed"
     ),
     "safetensors": Store(
-        "safetensors per request", "store_safetensors.py", "a file a request as vLLM's connector lays it out, 8 writing "
-        "threads, get_slice of the wanted rows", fsyncs=False,
+        "safetensors per request", "store_safetensors.py", "a file a request as vLLM's connector lays it out, 8 "
+        "writing threads, get_slice of the wanted rows", fsyncs=False,
     ),
     "probelab": Store(
         "probelab", "store_probelab.py", "save_memmap of all activations, gathered in memory; load_memmap of a layer",

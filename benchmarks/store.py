@@ -72,7 +72,7 @@ def write_limits(bench: StoreBench) -> list[Row]:
     tensorstore = RIVALS["tensorstore"]
     costs = bench.measure_writes((SHARDS, OURS, tensorstore), bench.rounds.writes, warm_up=True)
     rows = [write_row(bench, costs, SHARDS, 0.95)]
-    rows += [write_row(bench, costs, tensorstore, 1.0)] if costs[tensorstore].rate else []
+    rows += [] if tensorstore in bench.failed else [write_row(bench, costs, tensorstore, 1.0)]
     allowed = bench.layout.buffer_bytes + BESIDE_BUFFERS
     peaks = costs[OURS].peak
     rows.append(
@@ -88,11 +88,13 @@ def write_limits(bench: StoreBench) -> list[Row]:
 
 def write_rivals(bench: StoreBench, rivals: Sequence[Store]) -> list[Row]:
     """Ours beside all others, whose first write, before they were read, has warmed them up."""
+    if not rivals:
+        return []
     costs = bench.measure_writes((SHARDS, OURS, *rivals), bench.rounds.other_writes, warm_up=False)
     rows = []
     for rival in rivals:
-        if not costs[rival].rate:
-            continue  # its row says why already
+        if rival in bench.failed:
+            continue
         rows.append(write_row(bench, costs, rival, 1.0 if rival is RIVALS["tensorstore_plain"] else None))
         if not rival.fsyncs:
             rows.append(write_row(bench, costs, rival, None, shipped=True))
@@ -149,7 +151,9 @@ def limit_goal(kind: Kind, cold: bool, ours: Case, limit: Case) -> float | None:
 
 
 def read_rival(bench: StoreBench, rival: Store) -> list[Row]:
-    """Ours beside another store, which lies on the disk only meanwhile. One that cannot run is a row that says why."""
+    """Ours beside another store, which lies on the disk only meanwhile; what there is where it cannot run."""
+    if rival in bench.failed:
+        return []
     tensorstore = rival in (RIVALS["tensorstore"], RIVALS["tensorstore_plain"])
     # like with like: ours is not checked beside TensorStore that does not check
     ours = UNCHECKED if rival is RIVALS["tensorstore_plain"] else CHECKED
@@ -169,7 +173,6 @@ def read_rival(bench: StoreBench, rival: Store) -> list[Row]:
         bench.delete(rival)
     except RuntimeError as error:
         bench.leave_out(rival, error)
-        rows.append(Row(f"{bench.size.hidden}: all", "", None, None, rival.name, note=str(error)))
     return rows
 
 
@@ -223,16 +226,22 @@ def measure(bench: StoreBench, rivals: Sequence[Store]) -> list[Row]:
         bench.delete(store)
     # TensorStore has been written beside the limits already
     rows += write_rivals(bench, [rival for rival in rivals if rival is not RIVALS["tensorstore"]])
+    rows += [failed_row(bench, store) for store in bench.failed]
     bench.say("done")
     return rows
+
+
+def failed_row(bench: StoreBench, store: Store) -> Row:
+    """Why a store has no rows, or not all."""
+    return Row(f"{bench.size.hidden}: left out", "", None, None, store.name, note=bench.failed[store])
 
 
 def print_foot(rivals: Sequence[Store]) -> None:
     """What the columns and the stores mean."""
     print(
-        "- write: from rows of one sample at a time until all is durable. CPU: seconds for each GB of activations; disk: "
-        "bytes for each byte of activations; memory: growth of the process's at its peak, mapped files included. Ours "
-        "also writes `embed`, a checksum of each row and the samples' table.\n"
+        "- write: from rows of one sample at a time until all is durable. CPU: seconds for each GB of activations; "
+        "disk: bytes for each byte of activations; memory: growth of the process's at its peak, mapped files included. "
+        "Ours also writes `embed`, a checksum of each row and the samples' table.\n"
         "- read: milliseconds and CPU milliseconds of one. cold: bytes from the disk for each that was asked for."
     )
     for store in (SHARDS, CONTIGUOUS, *rivals):
