@@ -99,7 +99,7 @@ class StoreBench:
                 "layers": self.size.layers, "positions": self.size.positions, "samples": store.samples(self.samples),
                 "hidden": self.size.hidden, "shard": self.layout.samples,
             }  # fmt: skip
-            spec = {"name": store.name, "folder": str(self.folder / store.name), "shape": shape, **store.more}
+            spec = {"folder": str(self.folder / store.name), "shape": shape, **store.more}
             arm = Arm(store.name, python, store.script, spec, self.folder / f"{store.name}.log")
             self._arms[store.name] = self._stack.enter_context(closing(arm))
             arm.wait_until_ready()

@@ -38,11 +38,8 @@ class StoreArm:
     def close(self) -> None:
         """Let go of what `open` opened, mappings too."""
 
-    def moved(self) -> None:
-        """Called before each cold read, when nothing is open: forget what this process knows of the files."""
-
-    def aim(self, want: Want) -> None:
-        """Open what only this read needs. Not measured."""
+    def aim(self, want: Want, way: str) -> None:
+        """Open, or make, what only this read needs. Not measured."""
 
     def read(self, want: Want, way: str) -> Any:
         """As this store's users do, into memory of the process."""
@@ -73,13 +70,10 @@ class StoreArm:
         if round["op"] == "write":
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             os.sync()  # what others left to be written is not this arm's
-        if round["op"] == "read" and not self._open:
-            self.open()
-            self._open = True
         return round
 
     def run(self, round: dict[str, Any]) -> dict[str, Any]:
-        return {"write": self._write, "read": self._read, "delete": lambda _: {}}[round["op"]](round)
+        return {"write": self._write, "read": self.read_round, "delete": lambda _: {}}[round["op"]](round)
 
     def report(self, round: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         if round["op"] == "write":
@@ -97,7 +91,11 @@ class StoreArm:
         durable, cpu = time.perf_counter() - start, time.process_time() - cpu
         return {"shipped": shipped, "durable": durable, "cpu": cpu, "peak": peak() - before}
 
-    def _read(self, round: dict[str, Any]) -> dict[str, Any]:
+    def read_round(self, round: dict[str, Any]) -> dict[str, Any]:
+        """{"walls", "cpus": seconds, "fetched", "bytes"}, a number a read."""
+        if not self._open:
+            self.open()
+            self._open = True
         wants, way, cold = [Want.of(each, self.shape) for each in round["wants"]], round["way"], round["cold"]
         if not cold:
             wants = self._warm(wants, way, round["seconds"])
@@ -107,10 +105,9 @@ class StoreArm:
             result = None  # its memory goes before the next is asked for, and its file may be thrown out
             if cold:
                 self.close()
-                self.moved()
                 evict(self.folder)
                 self.open()
-                self.aim(want)
+                self.aim(want, way)
             from_disk, cpu, start = fetched(), time.process_time(), time.perf_counter()
             result = self.read(want, way)
             walls.append(time.perf_counter() - start)
@@ -130,7 +127,7 @@ class StoreArm:
         """
         until = time.perf_counter() + seconds
         for count, want in enumerate(wants, 1):
-            self.aim(want)
+            self.aim(want, way)
             self.read(want, way)
             if time.perf_counter() > until:
                 break

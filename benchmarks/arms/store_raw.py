@@ -43,10 +43,10 @@ class Raw(StoreArm):
     def close(self) -> None:
         os.close(self._descriptor)
 
-    def aim(self, want: Want) -> None:
+    def aim(self, want: Want, way: str) -> None:
         nbytes = want.bytes(self.shape)
         if len(self._buffer) < nbytes:
-            self._buffer = np.zeros(nbytes, np.uint8)
+            self._buffer = np.full(nbytes, 1, np.uint8)  # zeros would be pages that are not there yet
 
     def read(self, want: Want, way: str) -> int:
         nbytes = want.bytes(self.shape)

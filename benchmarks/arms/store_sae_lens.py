@@ -68,7 +68,7 @@ class SaeLens(StoreArm):
         self._stores.clear()
         gc.collect()  # what maps the files is held in cycles, and pages that are mapped stay
 
-    def aim(self, want: Want) -> None:
+    def aim(self, want: Want, way: str) -> None:
         for layer in want.layers:
             if layer not in self._stores:
                 self._stores[layer] = ActivationsStore(

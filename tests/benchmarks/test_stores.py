@@ -39,7 +39,7 @@ def make(name: str, folder) -> StoreArm:
     ):
         pytest.importorskip(package)
     module = importlib.import_module(f"store_{name.partition(',')[0]}")
-    return getattr(module, kind)({"shape": SHAPE, "folder": str(folder / name), "name": name, **more})
+    return getattr(module, kind)({"shape": SHAPE, "folder": str(folder / name), **more})
 
 
 def ask(arm: StoreArm, **round):
@@ -85,7 +85,7 @@ def test_the_budget_ends_a_round_after_one_read(tmp_path):
 
 @pytest.mark.parametrize(("files", "count"), [("one a shard", 3), ("one", 1)])
 def test_the_limit_writes_as_many_bytes(files, count, tmp_path):
-    arm = Raw({"shape": SHAPE, "folder": str(tmp_path / "raw"), "name": "raw", "files": files})
+    arm = Raw({"shape": SHAPE, "folder": str(tmp_path / "raw"), "files": files})
     assert ask(arm, op="write", fsync=True)["bytes"] == Shape(**SHAPE).bytes
     assert len(list(arm.folder.iterdir())) == count
     if files == "one":
@@ -132,3 +132,33 @@ def test_peak_memory_is_of_what_came_since():
 def test_a_want_survives_json():
     want = Want.of(json.loads(json.dumps({**WANTS["slab"], "at": 0.5})), Shape(**SHAPE))
     assert want.index == (slice(0, 3), slice(1, 4), slice(0, 10)) and want.bytes(Shape(**SHAPE)) == 3 * 3 * 10 * 32
+
+
+def fail(what: str):
+    raise ValueError(what)
+
+
+def test_what_goes_wrong_in_a_child_is_raised():
+    in_child = pytest.importorskip("store_hiddenlake").in_child
+    assert in_child(lambda: {"pid": os.getpid()})["pid"] != os.getpid()
+    with pytest.raises(RuntimeError, match="ValueError: found 3"):
+        in_child(lambda: fail("found 3"))
+    with pytest.raises(RuntimeError, match="said nothing"):
+        in_child(lambda: os._exit(3))
+
+
+def test_a_capture_that_was_read_is_cold_again(tmp_path):
+    """Its reader keeps files open and mapped, and mapped pages are not thrown out."""
+    shape = {**SHAPE, "hidden": 4096, "samples": 64, "shard": 64}
+    arm = importlib.import_module("store_hiddenlake").Hiddenlake(
+        {"shape": shape, "folder": str(tmp_path / "ours"), "arrival": "task"}
+    )
+    ask(arm, op="write", fsync=False)
+    cell = {**WANTS["cell"], "at": 0}
+    for cold in (False, True, False, True):
+        answer = ask(arm, op="read", wants=[cell, cell], way="checked", cold=cold, seconds=9)
+        if cold and max(answer["fetched"]) == 0:
+            pytest.skip("this file system keeps its files in memory")
+        assert all(
+            (fetched >= nbytes) is cold for fetched, nbytes in zip(answer["fetched"], answer["bytes"], strict=True)
+        )
