@@ -185,7 +185,7 @@ def create_folder(path: Path, files: dict[str, bytes], folders: Iterable[str], l
     Raises StoreError.
     """
     with storing(path):
-        os.makedirs(path.parent, exist_ok=True)
+        _make_folders(path.parent)
         _sweep_folders(path, lock)
         building = path.with_name(f".{path.name}.{secrets.token_hex(4)}.creating")
         os.makedirs((building / lock).parent)
@@ -216,6 +216,25 @@ def create_folder(path: Path, files: dict[str, bytes], folders: Iterable[str], l
                 raise
         fsync_folder(path.parent)
     return True
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder, and those that it lies in, durable; one that is there is fine.
+
+    Raises StoreError.
+    """
+    with storing(path):
+        _make_folders(path)
+
+
+def _make_folders(path: Path) -> None:
+    if path.is_dir():
+        return
+    _make_folders(path.parent)
+    with suppress(FileExistsError):  # another process was faster
+        os.mkdir(path)
+    # A folder whose own name is lost takes with it all that was made durable inside.
+    fsync_folder(path.parent)
 
 
 def _sweep_folders(path: Path, lock: str) -> None:
