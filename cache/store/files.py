@@ -186,7 +186,7 @@ def create_folder(path: Path, files: dict[str, bytes], folders: Iterable[str], l
     """
     with storing(path):
         _make_folders(path.parent)
-        _sweep_folders(path, lock)
+        sweep_folders(path, lock)
         building = path.with_name(f".{path.name}.{secrets.token_hex(4)}.creating")
         os.makedirs((building / lock).parent)
         with FileLock(building / lock):
@@ -237,10 +237,10 @@ def _make_folders(path: Path) -> None:
     fsync_folder(path.parent)
 
 
-def _sweep_folders(path: Path, lock: str) -> None:
+def sweep_folders(path: Path, lock: str) -> None:
     """Remove what processes left that died while they created `path`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # gone already, or not ours: it is in nobody's way
             # Making the folder and locking it are two steps, so the newest are left alone.
             old = time.time() - os.stat(left).st_mtime > _CREATING_SECONDS
             if old and not ((left / lock).exists() and is_locked(left / lock)):
