@@ -185,8 +185,8 @@ def create_folder(path: Path, files: dict[str, bytes], folders: Iterable[str], l
     Raises StoreError.
     """
     with storing(path):
-        os.makedirs(path.parent, exist_ok=True)
-        _sweep_folders(path, lock)
+        _make_folders(path.parent)
+        sweep_folders(path, lock)
         building = path.with_name(f".{path.name}.{secrets.token_hex(4)}.creating")
         os.makedirs((building / lock).parent)
         with FileLock(building / lock):
@@ -218,7 +218,26 @@ def create_folder(path: Path, files: dict[str, bytes], folders: Iterable[str], l
     return True
 
 
-def _sweep_folders(path: Path, lock: str) -> None:
+def make_folders(path: Path) -> None:
+    """Make a folder, and those that it lies in, durable; one that is there is fine.
+
+    Raises StoreError.
+    """
+    with storing(path):
+        _make_folders(path)
+
+
+def _make_folders(path: Path) -> None:
+    if path.is_dir():
+        return
+    _make_folders(path.parent)
+    with suppress(FileExistsError):  # another process was faster
+        os.mkdir(path)
+    # A folder whose own name is lost takes with it all that was made durable inside.
+    fsync_folder(path.parent)
+
+
+def sweep_folders(path: Path, lock: str) -> None:
     """Remove what processes left that died while they created `path`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):
         if not in_use(left, lock):
@@ -233,6 +252,8 @@ def in_use(folder: Path, lock: str) -> bool:
         return young or is_locked(folder / lock)
     except FileNotFoundError:
         return False
+    except OSError:  # not ours: it is in nobody's way
+        return True
 
 
 def remove_tree(folder: Path) -> None:

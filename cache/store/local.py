@@ -99,7 +99,9 @@ class LocalBackend:
             yield
 
     def join(self, writer: str) -> "LocalMember":
-        return LocalMember(self._file(writer))
+        # Here too: what is too new for the one that makes the capture would else stay for good.
+        files.sweep_folders(self.path, LOCK)
+        return LocalMember(self._file(writer), self.path / "commits")
 
     def writers(self) -> list[str]:
         return [name[:-6] for name in self.list_files("writers") if name.endswith(".jsonl")]
@@ -138,10 +140,22 @@ def left_folders(lake: Path, remove: bool) -> list[tuple[Path, int]]:
 
 
 class LocalMember:
-    """See Member: an open file that is locked."""
+    """See Member: an open file that is locked.
 
-    def __init__(self, file: Path) -> None:
+    A writer that is killed may have linked a commit and not fsynced the folder. Others leave its samples out, so
+    whoever joins, or leaves, first makes what it counts on durable.
+
+    commits : the folder.
+    """
+
+    def __init__(self, file: Path, commits: Path) -> None:
+        self._commits = commits
         self._lock = FileLock(file)
+        try:
+            self._settle()
+        except BaseException:
+            self._end()
+            raise
 
     def append(self, data: bytes) -> None:
         self._lock.append(data + b"\n")
@@ -150,8 +164,21 @@ class LocalMember:
         """A lock that is held is never taken for another."""
 
     def leave(self) -> None:
-        files.remove(self._lock.path)
-        self._lock.release()
+        try:
+            self._settle()
+        finally:
+            self._end()
+
+    def _settle(self) -> None:
+        with storing(self._commits), suppress(FileNotFoundError):  # the capture was removed
+            files.fsync_folder(self._commits)
+
+    def _end(self) -> None:
+        try:
+            files.remove(self._lock.path)
+        finally:
+            # Also where the file stays: whoever finds it unlocked knows that its writer is gone.
+            self._lock.release()
 
 
 class LocalBatch:

@@ -1,10 +1,14 @@
 """A small capture whose every bit is a function of the sample's number; also run as a writer process.
 
 python process.py PATH SAMPLES SHARD_SAMPLES SECONDS KIND   writes samples until none is left to reserve
+python process.py fork   for each line `PATH SAMPLES KIND SAID` forks a process whose threads write samples, and prints
+    its number; the process appends to the file SAID what was acknowledged
 """
 
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -98,6 +102,9 @@ def fill(writer, span, found):
     """Write a sample's tokens, one piece behind the other."""
     while span.rest:
         piece = writer.piece(span)
+        if piece is None:
+            time.sleep(0.0005)  # other threads fill what was asked for before
+            continue
         for site, view in piece.shard.views.items():
             view[..., piece.rows, :] = found[site][..., piece.first : piece.first + piece.count, :]
         writer.filled(piece)
@@ -138,11 +145,56 @@ def write(path, samples, shard_samples=4, dtype="bfloat16", seconds=0.0, **setti
     return writer
 
 
+def write_together(path, samples, kind, say, threads=3):
+    """Write what is missing of samples 0 to `samples`, several threads to one writer.
+
+    say : called with `published N` now and then, N of this writer's samples being acknowledged, and with `flushed`
+        and the keys that a flush acknowledged.
+    """
+    keys = [key(i) for i in range(samples)]
+    number = {name: i for i, name in enumerate(keys)}
+    with (
+        open_tiny(path, samples, coverage=coverage(**KINDS[kind])) as writer,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+
+        def one(name):
+            add(writer, number[name])
+            say(f"published {writer.published}")
+
+        added = []
+        while chosen := writer.reserve(keys, 5 * threads):
+            for future in [pool.submit(one, name) for name in chosen]:
+                future.result()
+            added += chosen
+            if len(added) % (2 * len(chosen)) == 0:
+                writer.flush()
+                say(f"flushed {' '.join(added)}")
+
+
+def fork_for_each_line():
+    for line in sys.stdin:
+        path, samples, kind, said = line.split()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                file = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+                write_together(path, int(samples), kind, lambda text: os.write(file, f"{text}\n".encode()))
+                code = 0
+            finally:
+                os._exit(code)
+        print(child, flush=True)
+
+
 if __name__ == "__main__":
     # Everything is imported before the start is announced: what is to be interrupted is writing.
     encode_strings([""])
     encode_samples({0: sample(0)})
     print("ready", flush=True)
-    sys.stdin.readline()
-    path, number, shard_samples, pause, kind = sys.argv[1:]
-    write(path, int(number), int(shard_samples), seconds=float(pause), coverage=coverage(**KINDS[kind]))
+    if sys.argv[1:] == ["fork"]:
+        fork_for_each_line()
+    else:
+        sys.stdin.readline()
+        path, number, shard_samples, pause, kind = sys.argv[1:]
+        write(path, int(number), int(shard_samples), seconds=float(pause), coverage=coverage(**KINDS[kind]))
