@@ -83,6 +83,9 @@ class Backend(Protocol):
     def child(self, name: str) -> "Backend":
         """A folder in this one."""
 
+    def free_bytes(self) -> int | None:
+        """Room that is left; None where there is no end of it. The folder need not exist."""
+
     def list_folders(self) -> list[str]:
         """Names of the folders in this one."""
 

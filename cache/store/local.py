@@ -47,6 +47,9 @@ class LocalBackend:
     def child(self, name: str) -> "LocalBackend":
         return LocalBackend(self.path / name)
 
+    def free_bytes(self) -> int:
+        return files.free_bytes(self.path)
+
     def list_folders(self) -> list[str]:
         return files.list_folders(self.path)
 

@@ -71,6 +71,9 @@ class ObjectBackend:
     def child(self, name: str) -> "ObjectBackend":
         return ObjectBackend(f"{self.url}/{name}")
 
+    def free_bytes(self) -> None:
+        return None
+
     def list_folders(self) -> list[str]:
         with _reading():
             return [str(prefix).rsplit("/", 1)[-1] for prefix in self._listed("")["common_prefixes"]]
