@@ -118,6 +118,9 @@ class LocalBackend:
             return files.read(self._file(writer)).splitlines()
         return []
 
+    def expel(self, writer: str) -> None:
+        """One whose lock is free has no process."""
+
     def forget(self, writer: str) -> None:
         files.remove(self._file(writer))
 

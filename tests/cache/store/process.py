@@ -1,8 +1,11 @@
 """A small capture whose every bit is a function of the sample's number; also run as a writer process.
 
 python process.py PATH SAMPLES SHARD_SAMPLES SECONDS KIND   writes samples until none is left to reserve
+
+TEST_LEASE_SECONDS : after so long a writer to object storage is taken for dead, and after a half of it a lock for lost.
 """
 
+import os
 import sys
 import time
 
@@ -130,6 +133,10 @@ if __name__ == "__main__":
     # Everything is imported before the start is announced: what is to be interrupted is writing.
     encode_strings([""])
     encode_samples({0: sample(0)})
+    if lease := float(os.environ.get("TEST_LEASE_SECONDS", 0)):
+        from hiddenlake.cache.store import objects
+
+        objects._LEASE_SECONDS, objects._BEAT_SECONDS, objects._LOCK_SECONDS = lease, lease / 8, lease / 2
     print("ready", flush=True)
     sys.stdin.readline()
     path, number, shard_samples, pause, kind = sys.argv[1:]
