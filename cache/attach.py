@@ -90,6 +90,10 @@ def attach(
     if found is None:
         found = _tap_late(engine, sites, layers, ring_bytes)
     check_ring(config, found.plan.ring_rows, found.row_bytes)
+    if "://" in str(out):
+        raise BadInputError(
+            f"out {str(out)!r}: an attached LLM captures into a local folder: name one, and copy it later"
+        )
     path = Path(out).absolute()
     offer = Offer(
         lake=path.parent,

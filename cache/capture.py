@@ -16,6 +16,7 @@ from hiddenlake.cache.job import GIB, Job, plan_job
 from hiddenlake.cache.placing import Placed, make_sample
 from hiddenlake.cache.samples import Failure, Generation, Prompt, Sample, Task
 from hiddenlake.cache.shelf import Settled, Shelf
+from hiddenlake.cache.store.backend import open_backend
 from hiddenlake.cache.store.writer import Writer, open_writer
 
 # Samples reserved at a time: enough to keep an engine busy, few enough for several writers to share a small task.
@@ -89,7 +90,7 @@ def capture(
     Answers that the task gives are not generated but fed (teacher-forced) in one pass.
 
     model : Hugging Face folder, or hub id.
-    out : the capture's folder, made if absent. One of another identity or coverage is refused.
+    out : the capture's folder, or `s3://bucket/lake/name`; made if absent. One of another identity or coverage is refused.
     sites, layers, positions : as `hiddenlake.cache.sites` and `positions` parse them.
     engine : `vllm`, or `transformers`, the slower reference.
     dtype : `bfloat16` or `float32`, computed in and stored; default the checkpoint's own.
@@ -142,10 +143,10 @@ def run_job(
         raise BadInputError(f"engine {engine!r} does not exist: expected {' or '.join(ENGINES)}")
     if not isinstance(engine, str):
         engine.request.check_serves(job.request)
-    out = Path(out)
+    place = open_backend(out)
     planned = len(job.prompts) + len(job.too_long)
     with open_writer(
-        out,
+        place,
         identity=job.identity.to_json(),
         coverage=job.coverage,
         provenance={},
@@ -154,12 +155,12 @@ def run_job(
         shard_samples=shard_samples,
     ) as writer:
         pending = [p for p in job.prompts if p.key not in writer.committed]
-        summary = Summary(str(out), planned, present=len(job.prompts) - len(pending))
+        summary = Summary(str(place), planned, present=len(job.prompts) - len(pending))
         running: Engine | None = None
         if pending:
             running = make_engine(engine, job.request) if isinstance(engine, str) else engine
         memory = running.memory if running else Memory(0, 0)
-        cost = estimate(job.request, memory, writer.layout, pending, out)
+        cost = estimate(job.request, memory, writer.layout, pending, place)
         cost.check()
         watcher.planned(cost, summary)
         for prompt in job.too_long:

@@ -1,6 +1,5 @@
 """Estimate: what a capture will cost in disk and memory, said before it starts."""
 
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from hiddenlake.cache.engines.base import Memory, Request
 from hiddenlake.cache.errors import StoreError
 from hiddenlake.cache.samples import Prompt
+from hiddenlake.cache.store.backend import Backend
 from hiddenlake.cache.store.layout import Layout
 
 
@@ -17,7 +17,8 @@ class Estimate:
     """Costs of a run, in bytes.
 
     samples : still to be captured.  in_flight : of them, at once.
-    disk_bytes : what they will take, whole shards and longest answers counted.  disk_free : what there is.
+    disk_bytes : what they will take, whole shards and longest answers counted.  disk_free : what there is, None in object
+        storage.
     buffer_bytes, ring_bytes : host memory of shard buffers, and of rows that wait.  memory_free : what there is, None
         where that is not known.
     device_bytes, kv_tokens : see Memory.
@@ -26,7 +27,7 @@ class Estimate:
     samples: int
     in_flight: int
     disk_bytes: int
-    disk_free: int
+    disk_free: int | None
     buffer_bytes: int
     ring_bytes: int
     memory_free: int | None
@@ -35,7 +36,7 @@ class Estimate:
 
     def check(self) -> None:
         """Raise StoreError when the disk, or the memory, cannot hold the run."""
-        if self.disk_bytes > self.disk_free:
+        if self.disk_free is not None and self.disk_bytes > self.disk_free:
             raise StoreError(
                 f"the disk is too full: {self.samples} samples need {self.disk_bytes / 2**30:.2f} GiB, "
                 f"{self.disk_free / 2**30:.2f} GiB are free; free some space, or capture fewer samples, sites, layers "
@@ -50,7 +51,7 @@ class Estimate:
             )
 
 
-def estimate(request: Request, memory: Memory, layout: Layout, pending: Sequence[Prompt], out: Path) -> Estimate:
+def estimate(request: Request, memory: Memory, layout: Layout, pending: Sequence[Prompt], out: Backend) -> Estimate:
     """Project a run that captures the pending prompts into `out` by an engine that takes so much memory."""
     shards = -(-len(pending) // layout.samples)
     tokens = 0
@@ -59,14 +60,11 @@ def estimate(request: Request, memory: Memory, layout: Layout, pending: Sequence
             answer = request.decoding.max_new_tokens if prompt.given is None else len(prompt.given)
             q = len(prompt.token_ids)
             tokens += len(request.tokens.indices(q, q + answer))
-    folder = out
-    while not folder.exists():
-        folder = folder.parent
     return Estimate(
         samples=len(pending),
         in_flight=min(len(pending), memory.samples),
         disk_bytes=shards * layout.shard_bytes + tokens * layout.token_bytes,
-        disk_free=shutil.disk_usage(folder).free,
+        disk_free=out.free_bytes(),
         buffer_bytes=layout.buffer_bytes,
         ring_bytes=memory.host_bytes(len(pending)),
         memory_free=free_memory(),

@@ -38,9 +38,10 @@ class ProgressBar(Watcher):
         self._bar.stop()
 
     def planned(self, cost: Estimate, summary: Summary) -> None:
+        room = "object storage" if cost.disk_free is None else f"disk ({size(cost.disk_free)} free)"
         self.console.print(
             f"{summary.planned} samples, {summary.present} of them captured before; {cost.samples} to capture: "
-            f"{size(cost.disk_bytes)} of disk ({size(cost.disk_free)} free), {size(cost.buffer_bytes)} of shard buffers, "
+            f"{size(cost.disk_bytes)} of {room}, {size(cost.buffer_bytes)} of shard buffers, "
             f"up to {size(cost.ring_bytes)} of ring for {cost.in_flight} samples at once"
             + (
                 f", {size(cost.device_bytes)} of each GPU ({cost.kv_tokens} tokens of KV cache)"

@@ -1,7 +1,8 @@
 """Backends: where a capture's files lie. The store does everything through these few operations.
 
 Names are relative to the capture, with slashes. Reading raises OSError (FileNotFoundError for what is absent), writing
-StoreError that says what to do. `hiddenlake.cache.testing` holds the tests that every backend passes.
+StoreError that says what to do. Files are written into folders that `make` was given. Backends can be pickled, so that
+other processes open the same place. `hiddenlake.cache.testing` holds the tests that every backend passes.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -13,7 +14,8 @@ import numpy as np
 
 
 class File(Protocol):
-    """One file, open for positioned reads, from several threads at once. It never changes; it may be removed.
+    """One file, open for positioned reads, from several threads at once. When its name is removed or used for another
+    file, it still gives the bytes that were there when it was opened, or raises OSError: never others.
 
     size : in bytes.
     """
@@ -30,7 +32,8 @@ class File(Protocol):
         """Start to fetch what will be read."""
 
     def mapped(self) -> np.ndarray | None:
-        """All bytes, (size,) uint8, fetched where they are touched; None where that cannot be done."""
+        """All bytes, (size,) uint8, fetched where they are touched; None where that cannot be done. They may be used
+        after `close`."""
 
     def close(self) -> None:
         """Let go of it, once nobody uses it."""
@@ -49,14 +52,14 @@ class Batch(Protocol):
         """All files are durable, each complete under its name, when this returns."""
 
     def discard(self) -> None:
-        """Leave nothing behind of what was not published."""
+        """Leave nothing behind of what was not published. What was is not touched."""
 
 
 class Member(Protocol):
     """A writer's standing in a capture."""
 
     def append(self, data: bytes) -> None:
-        """Add to what other writers read of this one."""
+        """Add to what other writers read of this one. data : without line breaks."""
 
     def check(self) -> None:
         """Raise StoreError when the others have taken this writer for dead."""
@@ -83,11 +86,17 @@ class Backend(Protocol):
     def child(self, name: str) -> "Backend":
         """A folder in this one."""
 
+    def free_bytes(self) -> int | None:
+        """Room that is left; None where there is no end of it. The folder need not exist."""
+
     def list_folders(self) -> list[str]:
-        """Names of the folders in this one."""
+        """Names of the folders in this one. None, or FileNotFoundError, where it is not there itself."""
 
     def generation(self) -> Hashable:
-        """What is equal as long as this is the same folder. Raises FileNotFoundError when it is gone."""
+        """What is equal as long as this is the same folder. Raises FileNotFoundError when it is gone.
+
+        Where the backend has no folders that could be told apart, it is always equal: then checksums alone tell.
+        """
 
     def read(self, name: str) -> bytes: ...
 
@@ -103,10 +112,14 @@ class Backend(Protocol):
         """Readers see the old file or the new one. durable : False for what can be made again."""
 
     def create(self, name: str, data: bytes) -> bool:
-        """Make a durable file, unless it exists. Returns whether this call did."""
+        """Make a durable file, unless it exists. Returns whether this call did: so the data says who calls, for where an
+        answer was lost, it is told by them."""
 
     def replace(self, name: str, old: bytes, new: bytes) -> bool:
-        """Make a file other, unless it is not `old` any more. Returns whether this call did."""
+        """Make a file other, unless it is not `old` any more. Returns whether this call did. Under the lock.
+
+        Raises FileNotFoundError where it is not there.
+        """
 
     def remove(self, name: str) -> None:
         """One that is not there is fine."""
@@ -129,12 +142,19 @@ class Backend(Protocol):
         """Become a writer. Under the lock."""
 
     def writers(self) -> list[str]:
-        """Who has joined and not been forgotten."""
+        """Who has joined and not left, nor been forgotten."""
 
-    def lives(self, writer: str) -> bool: ...
+    def lives(self, writer: str) -> bool:
+        """Whether a writer is at work, as far as can be known. Under the lock."""
 
     def appended(self, writer: str) -> list[bytes]:
-        """What a writer appended."""
+        """What a writer appended, in any order; nothing of one that is not there."""
+
+    def expel(self, writer: str) -> None:
+        """Take a writer for dead: from now on its `check` raises. It stays one of the writers. Under the lock.
+
+        Where `lives` is exact, nothing needs to be done.
+        """
 
     def forget(self, writer: str) -> None:
         """Remove what is left of a dead writer. Under the lock."""

@@ -63,10 +63,10 @@ class Claims:
     def _give_up(self, writer: str) -> None:
         """A writer that may be dead can commit nothing any more, and what it has claimed stays empty.
 
-        It is forgotten before its claims are looked for: so it either finds that out before it commits, or its claim is
-        found here.
+        It is expelled before its claims are looked for: so it either finds that out before it commits, or its claim is
+        found here. It is forgotten when that is done: who dies in between leaves it to the next.
         """
-        self.place.forget(writer)
+        self.place.expel(writer)
         committed = list_commits(self.place)
         for name in self.place.list_files("claims"):
             held = self.read(f"claims/{name}")
@@ -75,6 +75,7 @@ class Claims:
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 spans = nothing if self.layout.token_files else ()
                 Commit(int(name), self.writer, held[1] + 1, {}, nothing, nothing, {}, now, spans).create(self.place)
+        self.place.forget(writer)
 
     def reserved_by_others(self) -> set[str]:
         """Keys that other living writers work on. Under the lock."""

@@ -393,6 +393,14 @@ def identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+def free_bytes(folder: Path) -> int:
+    """Bytes that the file system of a folder has left. The folder need not exist. Raises OSError."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def list_files(folder: Path) -> list[str]:
     """Names of what a folder holds, but for folders; none where there is no such folder. Raises OSError."""
     try:

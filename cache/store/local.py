@@ -47,6 +47,9 @@ class LocalBackend:
     def child(self, name: str) -> "LocalBackend":
         return LocalBackend(self.path / name)
 
+    def free_bytes(self) -> int:
+        return files.free_bytes(self.path)
+
     def list_folders(self) -> list[str]:
         return files.list_folders(self.path)
 
@@ -116,6 +119,9 @@ class LocalBackend:
         with suppress(FileNotFoundError):
             return files.read(self._file(writer)).splitlines()
         return []
+
+    def expel(self, writer: str) -> None:
+        """One whose lock is free has no process."""
 
     def forget(self, writer: str) -> None:
         files.remove(self._file(writer))
@@ -239,7 +245,11 @@ class LocalFile:
 
     def mapped(self) -> np.ndarray | None:
         if self._map is None and self.size:
-            self._map = np.frombuffer(mmap.mmap(self._descriptor, self.size, prot=mmap.PROT_READ), np.uint8)
+            memory = mmap.mmap(self._descriptor, self.size, prot=mmap.PROT_READ)
+            if hasattr(mmap, "MADV_RANDOM"):
+                # Else each row that is touched brings megabytes of its neighbours from the disk.
+                memory.madvise(mmap.MADV_RANDOM)
+            self._map = np.frombuffer(memory, np.uint8)
         return self._map
 
     def close(self) -> None:

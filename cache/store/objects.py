@@ -71,6 +71,9 @@ class ObjectBackend:
     def child(self, name: str) -> "ObjectBackend":
         return ObjectBackend(f"{self.url}/{name}")
 
+    def free_bytes(self) -> None:
+        return None
+
     def list_folders(self) -> list[str]:
         with _reading():
             return [str(prefix).rsplit("/", 1)[-1] for prefix in self._listed("")["common_prefixes"]]
@@ -127,16 +130,35 @@ class ObjectBackend:
         with self._writing(name):
             return obstore.put(self._store, name, data)
 
-    def _put_if(self, name: str, data: bytes, mode: Any) -> Any:
-        """What the put returned, or None where the condition did not hold."""
+    def _put_if(self, name: str, data: bytes, mode: Any, only_ours: bool = False) -> Any:
+        """What the put returned, or None where the condition did not hold.
+
+        An answer may be lost, and not the request. So after an error it is looked whether the data is there.
+        only_ours : nobody else puts this data. Then the same after a condition that did not hold, for the client tries
+            again by itself where the server says that it failed.
+        """
         import obstore
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
+        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+        def there() -> Any:
+            with suppress(BaseError, FileNotFoundError):
+                found = obstore.get(self._store, name)
+                return found.meta if bytes(found.bytes()) == data else None
 
         with self._writing(name):
             try:
                 return obstore.put(self._store, name, data, mode=mode, use_multipart=False)
-            except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+            except (AlreadyExistsError, PreconditionError):
+                return there() if only_ours else None
+            except FileNotFoundError:
+                if mode == "create":
+                    raise OSError(errno.ENOENT, "there is no such bucket") from None
                 return None
+            except BaseError:
+                found = there()
+                if found is None:
+                    raise
+                return found
 
     def remove(self, name: str) -> None:
         import obstore
@@ -184,7 +206,8 @@ class ObjectBackend:
 
     def writers(self) -> list[str]:
         with self._writing("writers"):
-            return [name[:-5] for name in self.list_files("writers") if name.endswith(".json")]
+            names = {name.partition(".")[0] for name in self.list_files("writers")}
+        return sorted(names - {_LOCK.rpartition("/")[2]})
 
     def lives(self, writer: str) -> bool:
         try:
@@ -202,6 +225,11 @@ class ObjectBackend:
                 with suppress(FileNotFoundError):
                     found.append(self.read(f"writers/{name}"))
         return found
+
+    def expel(self, writer: str) -> None:
+        # One that has appended nothing is told by this from one that is forgotten.
+        self.write(f"writers/{writer}.expelled", b"")
+        self.remove(f"writers/{writer}.json")
 
     def forget(self, writer: str) -> None:
         # The heartbeat first: by it, the writer knows.
@@ -223,12 +251,17 @@ class ObjectBackend:
 
 def _store(url: str) -> "ObjectStore":
     try:
-        from obstore.store import from_url
+        from obstore.store import S3Store, from_url
     except ImportError as error:
         raise StoreError(f"{url} needs obstore, which is not installed: pip install 'hiddenlake[s3]'") from error
     from obstore.exceptions import BaseError
 
+    scheme, _, path = url.partition("://")
+    bucket, _, prefix = path.partition("/")
     try:
+        if scheme == "s3" and bucket:
+            # Not from the URL, in which some characters that a name may have would mean other things.
+            return S3Store(bucket, prefix=prefix or None)
         return from_url(url)
     except (BaseError, ValueError) as error:
         raise StoreError(f"{url} cannot be opened ({_line(error)}): expected s3://bucket/folder") from error
@@ -271,6 +304,8 @@ class ObjectFile:
 
         if offset + out.nbytes > self.size:
             raise EOFError(f"the object ends at byte {self.size}")
+        if not out.nbytes:
+            return  # HTTP knows no empty range
         options = {"range": (offset, offset + out.nbytes), "if_match": self._tag}
         with _reading():
             try:
@@ -332,7 +367,7 @@ class ObjectMember:
             with suppress(StoreError, OSError):
                 tag = self._backend._head(self._name)["e_tag"]
                 beat = json.dumps({"beat": secrets.token_hex(4)}).encode()
-                self._backend._put_if(self._name, beat, {"e_tag": tag})
+                self._backend._put_if(self._name, beat, {"e_tag": tag}, only_ours=True)
 
     def append(self, data: bytes) -> None:
         self._backend.write(f"writers/{self._writer}.{self._appended}.keys", data)
@@ -390,7 +425,7 @@ class _Lock:
     def _take(self, mode: Any, owner: bool = True) -> bool:
         # The number makes each state another object, with another ETag.
         document = {"owner": self._owner if owner else None, "number": secrets.token_hex(8)}
-        done = self._backend._put_if(_LOCK, json.dumps(document).encode(), mode)
+        done = self._backend._put_if(_LOCK, json.dumps(document).encode(), mode, only_ours=True)
         if done is not None:
             self._tag = done["e_tag"]
         return done is not None

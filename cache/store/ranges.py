@@ -27,10 +27,10 @@ from hiddenlake.cache.store.shard_file import ShardFile
 _THREADS_FROM_BYTES = 1 << 20
 
 # A row that takes longer than this came from a disk.
-_COLD_SECONDS = 20e-6
+_COLD_SECONDS = 30e-6
 
-# Rows that are gathered before it is asked how long that took.
-_PROBE_ROWS = 16
+# Rows that are gathered before it is asked how long that took: each may wait for the disk alone.
+_PROBE_ROWS = 2
 
 
 @dataclass(frozen=True, slots=True)

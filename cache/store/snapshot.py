@@ -14,7 +14,7 @@ from hiddenlake.cache.store.backend import Backend
 from hiddenlake.cache.store.codecs import result_dtype
 from hiddenlake.cache.store.commits import Commit, read_checked, remedy
 from hiddenlake.cache.store.layout import Layout
-from hiddenlake.cache.store.opened import Committed, check_size, most_open, open_committed
+from hiddenlake.cache.store.opened import Committed, check_size, close_all, most_open, open_committed
 from hiddenlake.cache.store.ranges import Part, cells_of, read_parts
 from hiddenlake.cache.store.root import Root
 from hiddenlake.cache.store.shard_file import ShardFile
@@ -285,6 +285,7 @@ class Snapshot:
         except FileNotFoundError:
             same = False
         if not same:
+            close_all(self.place)  # what is removed takes room as long as it is open
             raise StoreError(
                 f"{self.place} was removed or replaced since it was opened: open the capture that is there now"
             )

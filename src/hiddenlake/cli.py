@@ -22,7 +22,9 @@ app.add_typer(cli_lake.app)
 EXIT_FAILED_SAMPLES = 3
 EXIT_INTERRUPTED = 130
 
-Capture = Annotated[Path, typer.Argument(help="A capture's folder, LAKE/NAME.", show_default=False)]
+Capture = Annotated[
+    str, typer.Argument(help="A capture's folder, LAKE/NAME, or s3://BUCKET/LAKE/NAME.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -65,7 +67,7 @@ def capture(
             "text, to be fed as they are."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The capture's folder, LAKE/NAME.")],
+    out: Annotated[str, typer.Option(help="The capture's folder, LAKE/NAME, or s3://BUCKET/LAKE/NAME.")],
     sites: Annotated[str, typer.Option(help="Sites, by comma; both dialects of names.")] = "mlp_out",
     layers: Annotated[str, typer.Option(help="`all`, or 0-based layers: 13 or 0,5,10-12.")] = "all",
     positions: Annotated[
@@ -148,7 +150,7 @@ def capture(
 
 @app.command("vllm")
 def vllm_command(
-    lake: Annotated[Path, typer.Argument(help="The folder of the captures; made if absent.", show_default=False)],
+    lake: Annotated[str, typer.Argument(help="The local folder of the captures; made if absent.", show_default=False)],
     model: Annotated[str, typer.Option(help="Hugging Face folder, or hub id.")],
     sites: Annotated[str, typer.Option(help="Sites to tap, by comma; both dialects of names.")] = "mlp_out",
     layers: Annotated[str, typer.Option(help="Layers to tap: `all`, or 0-based: 13 or 0,5,10-12.")] = "all",
@@ -168,8 +170,10 @@ def vllm_command(
     """Start vLLM's OpenAI server, from which any request may be captured by naming a capture in its vllm_xargs."""
     from hiddenlake.cache.server.launch import launch
 
+    if "://" in lake:
+        raise BadInputError(f"{lake}: the server captures into a local folder: name one, and copy it later")
     launch(
-        lake,
+        Path(lake),
         model,
         sites=sites.split(","),
         layers=layers,
@@ -184,7 +188,8 @@ def vllm_command(
 
 @app.command("ls")
 def ls_command(
-    lake: Annotated[Path, typer.Argument(help="A folder of captures.", show_default=False)], as_json: Json = False
+    lake: Annotated[str, typer.Argument(help="A folder of captures, or s3://BUCKET/LAKE.", show_default=False)],
+    as_json: Json = False,
 ) -> None:
     """List the captures of a lake."""
     from hiddenlake.cache.store.catalog import list_captures

@@ -14,12 +14,46 @@ from hiddenlake.cache.store.coverage import DTYPES
 PROCESS = Path(__file__).with_name("process.py")
 
 
+def load(name):
+    """A module beside this one."""
+    spec = importlib.util.spec_from_file_location(f"store_tests_{name}", PROCESS.with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def tmp_path():
     """A folder in memory where there is one: thousands of fsyncs wait for whoever else uses the disk."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="hiddenlake-test-", dir=memory) as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """The module that serves object storage, and the environment by which this process and its children find it."""
+    s3 = load("s3")
+    with s3.serve() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield s3, environment
+
+
+@pytest.fixture(scope="session")
+def bucket(s3_server):
+    """The name of a bucket of a server that lives as long as the tests."""
+    s3, environment = s3_server
+    return s3.new_bucket(environment["AWS_ENDPOINT_URL"])
+
+
+@pytest.fixture
+def slow_s3(s3_server, monkeypatch):
+    """A proxy before the server, through which this process goes."""
+    with load("proxy").proxy(s3_server[1]["AWS_ENDPOINT_URL"]) as (state, endpoint):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        yield state
 
 
 @pytest.fixture(scope="session")
@@ -31,11 +65,7 @@ def process():
 @pytest.fixture(scope="session")
 def tiny():
     """The module that makes small captures, and says what must be in them."""
-    spec = importlib.util.spec_from_file_location("tiny_capture", PROCESS)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_capture"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("process")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 python process.py PATH SAMPLES SHARD_SAMPLES SECONDS KIND   writes samples until none is left to reserve
 python process.py fork   for each line `PATH SAMPLES KIND SAID` forks a process whose threads write samples, and prints
     its number; the process appends to the file SAID what was acknowledged
+
+TEST_LEASE_SECONDS : after so long a writer to object storage is taken for dead, and after a half of it a lock for lost.
 """
 
 import os
@@ -191,6 +193,10 @@ if __name__ == "__main__":
     # Everything is imported before the start is announced: what is to be interrupted is writing.
     encode_strings([""])
     encode_samples({0: sample(0)})
+    if lease := float(os.environ.get("TEST_LEASE_SECONDS", 0)):
+        from hiddenlake.cache.store import objects
+
+        objects._LEASE_SECONDS, objects._BEAT_SECONDS, objects._LOCK_SECONDS = lease, lease / 8, lease / 2
     print("ready", flush=True)
     if sys.argv[1:] == ["fork"]:
         fork_for_each_line()
