@@ -1,12 +1,9 @@
 """The life of a capture after it was written: select, merge, compact, label, repair, rm, gc."""
 
-import json
 import os
-import shutil
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from hiddenlake.cache.errors import BadInputError, CorruptError, IdentityError, StoreError, UnknownNameError
