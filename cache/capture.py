@@ -82,6 +82,7 @@ def capture(
     ring_bytes: int = 2 * GIB,
     buffer_bytes: int = 2 * GIB,
     shard_samples: int | None = None,
+    codec: str | None = None,
     options: dict[str, Any] | None = None,
     watcher: Watcher | None = None,
 ) -> Summary:
@@ -101,6 +102,7 @@ def capture(
     ring_bytes : host memory for rows whose positions are not known yet.
     buffer_bytes : host memory for the two shards that are being filled and written.
     shard_samples : samples a shard, which is what a crash can lose; default from `buffer_bytes`.
+    codec : `none`, `zstd` without loss, or `fp8` with one that is measured on every row and kept with the capture.
     options : the engine's own settings, e.g. {"gpu_memory_utilization": 0.8}.
 
     A sample that cannot be captured is tried twice, then recorded with its cause; the rest go on. Ctrl-C and
@@ -121,6 +123,7 @@ def capture(
         lora=lora,
         ring_bytes=ring_bytes,
         options=options,
+        codec=codec,
     )
     return run_job(job, out=out, engine=engine, buffer_bytes=buffer_bytes, shard_samples=shard_samples, watcher=watcher)
 
@@ -153,6 +156,7 @@ def run_job(
         planned=planned,
         buffer_bytes=buffer_bytes,
         shard_samples=shard_samples,
+        codec=job.codec,
     ) as writer:
         pending = [p for p in job.prompts if p.key not in writer.committed]
         summary = Summary(str(place), planned, present=len(job.prompts) - len(pending))

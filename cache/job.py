@@ -13,7 +13,8 @@ from hiddenlake.cache.identity import GREEDY, Decoding, Identity, Sampling, samp
 from hiddenlake.cache.model import Model, hash_weights, load_model
 from hiddenlake.cache.samples import Prompt, Question, Task
 from hiddenlake.cache.sites import SITES, parse_layers, parse_sites
-from hiddenlake.cache.store.layout import Coverage
+from hiddenlake.cache.store.coverage import Coverage
+from hiddenlake.cache.store.shard_file import CODECS
 
 GIB = 1 << 30
 
@@ -24,6 +25,7 @@ class Job:
 
     prompts : in task order, those that fit the model's context.
     too_long : those that do not.
+    codec : of a new capture; None for none.
     """
 
     task: Task
@@ -32,6 +34,7 @@ class Job:
     request: Request
     prompts: tuple[Prompt, ...]
     too_long: tuple[Prompt, ...]
+    codec: str | None = None
 
 
 def plan_job(
@@ -48,6 +51,7 @@ def plan_job(
     lora: str | os.PathLike[str] | None = None,
     ring_bytes: int = 2 * GIB,
     options: dict[str, Any] | None = None,
+    codec: str | None = None,
 ) -> Job:
     """Parse what was asked for, read the model's config and tokenizer, and make the prompts with their keys.
 
@@ -59,6 +63,8 @@ def plan_job(
             f"{samples} samples a prompt at temperature {sampling.temperature}: expected at least 1, and a temperature "
             f"above 0 for more than one, since greedy answers to one prompt are all the same"
         )
+    if codec is not None and codec not in CODECS:
+        raise BadInputError(f"codec {codec!r} does not exist: expected one of {', '.join(CODECS)}")
     given = _given(task, samples)
     if max_new_tokens < 1:
         raise BadInputError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
@@ -71,7 +77,8 @@ def plan_job(
         quantization=source.quantization,
         lora=None if lora is None else hash_weights(Path(lora), "adapter_config.json"),
         compute_dtype=source.dtype,
-        stored_dtype=source.dtype,
+        # codes and a scale are other numbers; compressed ones are the same
+        stored_dtype="float8_e4m3fn" if codec == "fp8" else source.dtype,
         chat_template=source.chat_template,
         task=task.name,
         judge=task.rules,
@@ -110,6 +117,7 @@ def plan_job(
         ),
         prompts=fitting,
         too_long=tuple(p for p in prompts if _length(p) + (p.given is None) > source.context),
+        codec=codec,
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hiddenlake.cache.errors import BadInputError, IdentityError, StoreError, UnknownNameError
+from hiddenlake.cache.errors import BadInputError, StoreError, UnknownNameError
 from hiddenlake.cache.samples import Failure, Sample
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.backend import Backend
@@ -189,8 +189,6 @@ def copy(
         shard_samples=shard_samples or min(choose_rows(plan), max(1, plan.samples)),
         codec=plan.codec,
     ) as writer:
-        if writer.layout.codec != plan.codec:
-            raise IdentityError(f"{out} is stored with the codec {writer.layout.codec}, not {plan.codec}: name another")
         seen = 0
         for source in plan.sources:
             table = source.capture.samples().take(source.rows)

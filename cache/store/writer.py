@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from hiddenlake.cache.errors import BadInputError, StoreError
+from hiddenlake.cache.errors import BadInputError, IdentityError, StoreError
 from hiddenlake.cache.positions import ABSENT
 from hiddenlake.cache.samples import Failure, Sample
 from hiddenlake.cache.store import claims as _claims
@@ -43,7 +43,7 @@ def open_writer(
     buffer_bytes: int = 2 << 30,
     shard_samples: int | None = None,
     shard_tokens: tuple[int, int] | None = None,
-    codec: str = "none",
+    codec: str | None = None,
 ) -> "Writer":
     """Create a capture, or open it to write more of it. Leftovers of dead writers are removed first.
 
@@ -54,7 +54,7 @@ def open_writer(
     buffer_bytes : memory that the shard buffers may take: two for samples, and two for tokens.
     shard_samples, shard_tokens : B, and (T, tokens a shard), where they should not be chosen by `choose_layout`; an
         existing capture keeps its own.
-    codec : of a new capture: `none`, `zstd`, or `fp8`, which loses something, measures it and says so.
+    codec : `none` (the default of a new capture), `zstd`, or `fp8`, which loses something, measures it and says so.
 
     Raises IdentityError where the folder holds another identity or coverage, StoreError where it is
     not empty and no capture, of an unknown version, or the buffers do not fit.
@@ -64,7 +64,7 @@ def open_writer(
     if planned < 0 or (shard_samples is not None and shard_samples < 1):
         raise ValueError(f"planned {planned} and shard_samples {shard_samples}: expected 0 or more, and 1 or more")
     if not has_root(place):
-        layout = choose_layout(coverage, planned, buffer_bytes, shard_samples, shard_tokens, codec)
+        layout = choose_layout(coverage, planned, buffer_bytes, shard_samples, shard_tokens, codec or "none")
         root = new_root(identity, layout, planned, provenance)
         # When another process was faster, its capture is opened, and checked, like any other.
         made = place.make(root.files() | layout.coordinates(), list(layout.folders()))
@@ -72,6 +72,10 @@ def open_writer(
             raise StoreError(f"{place} is not empty and is no capture: name another folder, or empty it")
     root = read_root(place)
     root.check(place, identity, coverage)
+    if codec not in (None, root.layout.codec):
+        raise IdentityError(
+            f"{place} is stored with the codec {root.layout.codec}, not {codec}: name another folder, or leave the codec out"
+        )
     check_buffers(root.layout, buffer_bytes)
     return Writer(place, root, provenance)
 

@@ -90,6 +90,9 @@ def capture(
     ring_bytes: Annotated[str, typer.Option(help="Memory for rows that wait for their positions.")] = "2GiB",
     buffer_bytes: Annotated[str, typer.Option(help="Memory for the two shards being filled and written.")] = "2GiB",
     shard_samples: Annotated[int | None, typer.Option(help="Samples a shard: what a crash can lose.")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="`none`, `zstd`, or `fp8` (half of bfloat16; loses something, and says what).")
+    ] = None,
     engine_options: Annotated[
         str, typer.Option(help="The engine's own settings as JSON, e.g. '{\"gpu_memory_utilization\": 0.8}'.")
     ] = "{}",
@@ -129,6 +132,7 @@ def capture(
             ring_bytes=_bytes("--ring-bytes", ring_bytes),
             buffer_bytes=_bytes("--buffer-bytes", buffer_bytes),
             shard_samples=shard_samples,
+            codec=codec,
             options=options,
             watcher=bar,
         )

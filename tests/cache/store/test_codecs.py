@@ -8,7 +8,7 @@ import pytest
 import tensorstore
 import zarr
 
-from hiddenlake.cache.errors import CorruptError
+from hiddenlake.cache.errors import CorruptError, IdentityError
 from hiddenlake.cache.positions import Tokens
 from hiddenlake.cache.store import codecs, fp8, open_capture, opened
 from hiddenlake.cache.store.codecs import decompress
@@ -131,3 +131,11 @@ def test_a_frame_of_another_size_is_refused_before_it_is_decoded():
             decompress(data, np.empty(size + 1, np.uint8))
     with pytest.raises(ValueError):
         decompress(np.zeros(40, np.uint8), np.empty(40, np.uint8))
+
+
+def test_a_capture_keeps_its_codec(tiny, tmp_path):
+    tiny.write(tmp_path / "c", 2, codec="zstd")
+    tiny.write(tmp_path / "c", 4)
+    assert open_capture(tmp_path / "c").codec == "zstd" and verify(tmp_path / "c").ok
+    with pytest.raises(IdentityError, match="is stored with the codec zstd, not fp8"):
+        tiny.write(tmp_path / "c", 6, codec="fp8")
