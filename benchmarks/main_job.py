@@ -56,7 +56,7 @@ def read_cell(capture: Capture) -> Row:
     """X[layer, position] of all samples, warm: ours checks and orders them; the limit reads as many bytes in a row."""
     c = capture.coverage
     bytes_read = len(capture) * c.widths["mlp_out"] * 2
-    file = max((capture.path / "mlp_out").glob("c.*"))
+    file = max(Path(capture.path, "mlp_out").glob("c.*"))
     buffer = bytearray(bytes_read)
 
     def contiguous() -> None:

@@ -78,7 +78,8 @@ class Publisher:
         self._durable: dict[int, _Durable] = {}
         self._waiting: list[_Waiting] = []
         self._futures: list[Future[Any]] = []
-        self._last: Future[None] | None = None
+        # The last two that were handed to `_publishing`: while one is made durable, the next may be written.
+        self._behind: list[Future[None] | None] = [None, None]
         self._error: BaseException | None = None
         self._writing = ThreadPoolExecutor(1, "hiddenlake-writing")
         self._publishing = ThreadPoolExecutor(1, "hiddenlake-publishing")
@@ -218,10 +219,11 @@ class Publisher:
                     self._waiting.remove(waiting)
                     self._commit(waiting)
 
-        behind = self._last
+        behind = self._behind[0]
         written = self._writing.submit(writing)
-        self._last = self._publishing.submit(publishing)
-        self._futures += [written, self._last]
+        published = self._publishing.submit(publishing)
+        self._behind = [self._behind[1], published]
+        self._futures += [written, published]
         return written
 
     @contextmanager

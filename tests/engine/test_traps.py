@@ -375,4 +375,4 @@ def test_the_difference_to_hugging_face_is_published(captured, tiny_model):
     """With the capture, and against a limit that is named."""
     found = spot_check(captured, tiny_model, samples=4)
     assert 0 < found.worst <= found.worst_allowed == PUBLISHED["float32"][0]
-    assert json.loads((captured.path / "spot_check.json").read_text())["worst"] == found.worst
+    assert json.loads(Path(captured.path, "spot_check.json").read_text())["worst"] == found.worst
