@@ -233,5 +233,7 @@ class LocalFile:
             self._descriptor = None
 
     def __del__(self) -> None:
-        with suppress(AttributeError, OSError):  # half made, or the interpreter is ending
+        try:
             self.close()
+        except (AttributeError, OSError, TypeError):
+            pass  # half made; or the interpreter is ending, and has taken the modules apart

@@ -26,8 +26,8 @@ SETTINGS = [
     ("cells", "none", 1, 0.1),
     ("tokens", "none", 1, 0.06),
     ("both", "none", 1, 0.04),
-    ("both", "zstd", 0.2, 0.01),
-    ("both", "fp8", 0.2, 0.01),
+    ("both", "zstd", 0.1, 0.01),
+    ("both", "fp8", 0.05, 0.005),
 ]
 
 
