@@ -89,4 +89,5 @@ def test_a_call_that_fails_loses_nothing(tiny, tmp_path, monkeypatch, assert_hol
     at = 1
     while all([fails(number, at) for number in (NUMBERS if kind == "both" else [[*NUMBERS][at % 2]])]):
         at += step
-    assert at > {"link": 6, "posix_fallocate": 6, "rename": 12}.get(operation, 50), "hardly any such call was made"
+    if (operation, codec) != ("posix_fallocate", "zstd"):  # whose sizes are not known before
+        assert at > {"write": 30, "fsync": 80, "rename": 10, "open": 30}.get(operation, 3), "hardly any such call"
