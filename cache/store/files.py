@@ -236,8 +236,11 @@ def _make_folders(path: Path) -> None:
     if path.is_dir():
         return
     _make_folders(path.parent)
-    with suppress(FileExistsError):  # another process was faster
+    try:
         os.mkdir(path)
+    except FileExistsError:
+        if not path.is_dir():  # else another process was faster
+            raise
     # A folder whose own name is lost takes with it all that was made durable inside.
     fsync_folder(path.parent)
 
