@@ -11,6 +11,7 @@ from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.positions import parse_positions
 from hiddenlake.cache.server.intake import Offer
 from hiddenlake.cache.server.taps import make_taps
+from hiddenlake.cache.store.files import make_folders
 
 PLUGIN = "hiddenlake"
 
@@ -48,7 +49,7 @@ def launch(
     from vllm.entrypoints.launchers.api_server.entry import run_server
 
     args = _parse(["--model", model, *arguments])
-    lake.mkdir(parents=True, exist_ok=True)
+    make_folders(lake)
     taps = make_taps(
         model,
         sites=sites,

@@ -9,7 +9,7 @@ from hiddenlake.cache.errors import HiddenlakeError, StoreError
 from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.reader import Capture, open_capture
 from hiddenlake.cache.store.root import has_root, is_capture
-from hiddenlake.cache.store.verify import RESULT
+from hiddenlake.cache.store.verify import kept_report
 
 
 def list_captures(lake: str | Path) -> list[dict[str, Any]]:
@@ -70,7 +70,6 @@ def _name(value: Any) -> Any:
 
 def describe(capture: Capture) -> dict[str, Any]:
     """Everything that `hiddenlake info` shows of one capture, as plain JSON."""
-    verified = capture.place.read(RESULT) if RESULT in capture.place.list_files("") else None
     provenances = {json.dumps(commit.provenance, sort_keys=True): commit.provenance for commit in capture.commits}
     failures: dict[str, int] = {}
     for cause in capture.failures()["cause"].to_pylist():
@@ -88,5 +87,5 @@ def describe(capture: Capture) -> dict[str, Any]:
         "shards": len(capture.commits),
         "failure_causes": failures,
         "losses": {name: asdict(loss) for name, loss in capture.losses().items()},
-        "verified": json.loads(verified) if verified else None,
+        "verified": kept_report(capture.place),
     }

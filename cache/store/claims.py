@@ -21,7 +21,7 @@ from hiddenlake.cache.store.commits import Commit, list_commits
 from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.metadata import arrays
-from hiddenlake.cache.store.signing import to_json_bytes
+from hiddenlake.cache.store.signing import check_signed, sign, to_json_bytes
 
 
 class Claims:
@@ -82,7 +82,13 @@ class Claims:
         reserved: set[str] = set()
         for writer in self.living - {self.writer}:
             for line in self.place.appended(writer):
-                reserved.update(json.loads(line))
+                try:
+                    reserved.update(json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise CorruptError(
+                        f"{self.place}: what writer {writer} reserved cannot be read ({error}): stop all writers of this "
+                        f"capture and run the same command again"
+                    ) from error
         return reserved
 
     def reserve(self, keys: list[str]) -> None:
@@ -91,19 +97,7 @@ class Claims:
 
     def read(self, claim: str) -> tuple[str, int] | None:
         """(writer, fencing) of a claim (`sample_claim`, `token_claim`), or None."""
-        file = f"{self.place}/{claim}"
-        try:
-            document = json.loads(self.place.read(claim))
-            return document["writer"], document["fencing"]
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise trouble(file, error) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptError(
-                f"{file}: not a claim ({error!r}): stop all writers of this capture, run `hiddenlake repair {self.place}`, "
-                f"and run the same command again"
-            ) from error
+        return read_claim(self.place, claim)
 
     def claim(self) -> tuple[int, int]:
         """Claim the lowest sample shard that nobody committed and no living writer holds. Under the lock.
@@ -148,7 +142,7 @@ class Claims:
         """Take a claim that is free, removing the files that a dead writer left. Returns its fencing number."""
         held = self.read(claim)
         fencing = 1 if held is None else held[1] + 1
-        document = to_json_bytes({"writer": self.writer, "fencing": fencing})
+        document = to_json_bytes(sign({"writer": self.writer, "fencing": fencing}))
         if held is None:
             if not self.place.create(claim, document) and self.read(claim) != (self.writer, fencing):
                 raise StoreError(
@@ -226,6 +220,26 @@ def sample_claim(shard: int) -> str:
 def token_claim(shard: int) -> str:
     """The file that says who may write a token shard."""
     return f"claims/tokens.{shard}"
+
+
+def read_claim(place: Backend, claim: str) -> tuple[str, int] | None:
+    """(writer, fencing) of a claim, or None where there is none. Raises CorruptError, StoreError."""
+    file = f"{place}/{claim}"
+    try:
+        document = json.loads(place.read(claim))
+        # Claims of the first writers were not signed. What is neither has a name that was damaged.
+        if set(document) != {"writer", "fencing"}:
+            document = check_signed(document, file)
+        return document["writer"], document["fencing"]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise trouble(file, error) from error
+    except (ValueError, KeyError, TypeError, CorruptError) as error:
+        raise CorruptError(
+            f"{file}: not a claim ({error!r}): stop all writers of this capture, run `hiddenlake repair {place}`, "
+            f"and run the same command again"
+        ) from error
 
 
 def enter(place: Backend, layout: Layout) -> Claims:

@@ -188,22 +188,10 @@ def create_folder(path: Path, files: dict[str, bytes], folders: Iterable[str], l
         _make_folders(path.parent)
         sweep_folders(path, lock)
         building = path.with_name(f".{path.name}.{secrets.token_hex(4)}.creating")
-        os.makedirs((building / lock).parent)
-        with FileLock(building / lock):
-            try:
-                made = {building}
-                for name in sorted({*folders, *(str(Path(file).parent) for file in (*files, lock))}):
-                    os.makedirs(building / name, exist_ok=True)
-                    made |= {building / name, *(p for p in (building / name).parents if building in p.parents)}
-                for name, data in files.items():
-                    descriptor = os.open(building / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-                    try:
-                        _write_all(descriptor, data)
-                        os.fsync(descriptor)
-                    finally:
-                        os.close(descriptor)
-                for folder in made:
-                    fsync_folder(folder)
+        try:
+            os.makedirs((building / lock).parent)
+            with FileLock(building / lock):
+                _fill_folder(building, files, {*folders, str(Path(lock).parent)})
                 try:
                     os.rename(building, path)
                 except OSError as error:
@@ -211,11 +199,28 @@ def create_folder(path: Path, files: dict[str, bytes], folders: Iterable[str], l
                         raise
                     shutil.rmtree(building)
                     return False
-            except BaseException:
-                shutil.rmtree(building, ignore_errors=True)
-                raise
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
         fsync_folder(path.parent)
     return True
+
+
+def _fill_folder(building: Path, files: dict[str, bytes], folders: set[str]) -> None:
+    """Make files and folders inside a new folder, all durable."""
+    made = {building}
+    for name in sorted({*folders, *(str(Path(file).parent) for file in files)}):
+        os.makedirs(building / name, exist_ok=True)
+        made |= {building / name, *(p for p in (building / name).parents if building in p.parents)}
+    for name, data in files.items():
+        descriptor = os.open(building / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        try:
+            _write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    for folder in made:
+        fsync_folder(folder)
 
 
 def make_folders(path: Path) -> None:
@@ -231,8 +236,11 @@ def _make_folders(path: Path) -> None:
     if path.is_dir():
         return
     _make_folders(path.parent)
-    with suppress(FileExistsError):  # another process was faster
+    try:
         os.mkdir(path)
+    except FileExistsError:
+        if not path.is_dir():  # else another process was faster
+            raise
     # A folder whose own name is lost takes with it all that was made durable inside.
     fsync_folder(path.parent)
 
@@ -442,7 +450,13 @@ class FileLock:
     def append(self, data: bytes) -> None:
         """Append to the locked file; visible to other processes at once."""
         with storing(self.path):
-            _write_all(self.descriptor, data)
+            size = os.fstat(self.descriptor).st_size
+            try:
+                _write_all(self.descriptor, data)
+            except BaseException:
+                # Half a line would be read by others, for as long as this process lives.
+                os.ftruncate(self.descriptor, size)
+                raise
 
     def release(self) -> None:
         """Give the lock back; a second call does nothing."""

@@ -15,7 +15,7 @@ from hiddenlake.cache.store.coverage import EMBED, Coverage
 from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.root import read_root
 from hiddenlake.cache.store.snapshot import Dtype, Snapshot, samples_of
-from hiddenlake.cache.store.tables import decode, failure_schema
+from hiddenlake.cache.store.tables import decode_loose, failure_schema
 
 if TYPE_CHECKING:
     import pyarrow
@@ -170,7 +170,7 @@ class Capture:
                     raw = self.place.read(file)
                 except OSError as error:
                     raise trouble(f"{self.path}/{file}", error) from error
-                found[name.removesuffix(".parquet")] = decode(raw, f"{self.path}/{file}")
+                found[name.removesuffix(".parquet")] = decode_loose(raw, f"{self.path}/{file}")
         return found
 
     def read(

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from crc32c import crc32c
+
 from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.samples import Failure, Sample
 
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 # pyarrow is imported where it is used: it takes 0.2 s, which `import hiddenlake` must not spend.
+
+# Before the crc32c of a Parquet file that no commit vouches for.
+_MARK = b"\x00hiddenlake crc32c\x00"
 
 SAMPLE_COLUMNS = (
     "key", "slot", "index", "sample_index", "group", "prompt", "answer", "answers", "correct", "exact_answer",
@@ -76,7 +81,7 @@ def encode_failures(failures: Iterable[tuple[Failure, datetime]]) -> bytes:
     rows = [
         {"key": f.key, "index": f.index, "cause": f.cause, "attempts": f.attempts, "time": time} for f, time in failures
     ]
-    return encode(pa.Table.from_pylist(rows, schema=failure_schema()))
+    return _mark(encode(pa.Table.from_pylist(rows, schema=failure_schema())))
 
 
 def encode(table: "pyarrow.Table") -> bytes:
@@ -84,9 +89,43 @@ def encode(table: "pyarrow.Table") -> bytes:
     import pyarrow.parquet as pq
 
     out = io.BytesIO()
-    # Commits hold a checksum of samples/; failures/ and labels/ have only the pages' own.
+    # Commits hold a checksum of samples/, failures/ have a mark; labels/ may have only the pages' own.
     pq.write_table(table, out, compression="zstd", write_page_checksum=True)
     return out.getvalue()
+
+
+def _mark(raw: bytes) -> bytes:
+    """A Parquet file with a crc32c of all its bytes, before the footer, where readers do not look.
+
+    The pages' own checksums leave out the page headers and the footer: the names, types and numbers of what is there.
+    """
+    start = _footer(raw)
+    return raw[:start] + _MARK + crc32c(raw).to_bytes(4, "little") + raw[start:]
+
+
+def _footer(raw: bytes) -> int:
+    """Where the footer starts; below 0 where there is none."""
+    return len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
+
+
+def decode_loose(raw: bytes, file: str) -> "pyarrow.Table":
+    """A table that no commit vouches for: checked by its mark, where it has one. Raises CorruptError that names `file`."""
+    import pyarrow as pa
+
+    at = raw.rfind(_MARK)
+    if at >= 0:
+        rest = at + len(_MARK) + 4
+        if crc32c(raw[:at] + raw[rest:]).to_bytes(4, "little") != raw[at + len(_MARK) : rest]:
+            raise CorruptError(
+                f"{file}: its bytes do not have the crc32c at byte {at + len(_MARK)}: restore it from a copy"
+            )
+    table = decode(raw, file)
+    try:
+        table.validate(full=True)
+        table.schema.names
+    except (pa.ArrowException, ValueError) as error:
+        raise CorruptError(f"{file}: not a readable Parquet file ({error}): restore it from a copy") from error
+    return table
 
 
 def decode(raw: bytes, file: str, columns: list[str] | None = None) -> "pyarrow.Table":

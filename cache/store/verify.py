@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,16 @@ from hiddenlake.cache.positions import ABSENT
 from hiddenlake.cache.samples import token_checksum
 from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.checks import ANYTHING, FINITE, NAN, Problem, check_file
+from hiddenlake.cache.store.claims import read_claim
 from hiddenlake.cache.store.commits import Commit, list_commits, read_checked, read_commit, valid
 from hiddenlake.cache.store.derived import cells_of, derived_chunks, differs
+from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.metadata import arrays
 from hiddenlake.cache.store.opened import Committed
 from hiddenlake.cache.store.root import FILE, Root, read_root
-from hiddenlake.cache.store.signing import to_json_bytes
-from hiddenlake.cache.store.tables import decode, sample_schema
+from hiddenlake.cache.store.signing import check_signed, sign, to_json_bytes
+from hiddenlake.cache.store.tables import decode, decode_loose, sample_schema
 
 RESULT = "verify.json"
 
@@ -81,6 +83,7 @@ def verify(path: str | Path | Backend, progress: Callable[[int, int], None] | No
     layout = root.layout
     counting = valid({commit.shard: commit for commit in commits})
     commits = list(counting.values())
+    problems += _check_loose(place)
     problems += _check_keys(commits)
     problems += _check_spans(layout, commits)
     checks = [partial(_check_shard, place, layout, commit) for commit in commits]
@@ -106,9 +109,29 @@ def _keep(place: Backend, report: Report) -> Report:
     """Write the report into the capture; the report says whether that worked (a capture may be read-only)."""
     kept = Report(report.shards, report.samples, report.bytes, report.problems, report.time, kept=True)
     with suppress(StoreError), place.lock():
-        place.write(RESULT, to_json_bytes(kept.to_json()))
+        place.write(RESULT, to_json_bytes(sign(json.loads(to_json_bytes(kept.to_json())))))
         return kept
     return report
+
+
+def kept_report(place: Backend) -> dict[str, Any] | None:
+    """What the last verification found, as it was kept; None where there was none. Raises CorruptError, StoreError."""
+    file = f"{place}/{RESULT}"
+    try:
+        document = json.loads(place.read(RESULT))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise trouble(file, error) from error
+    except ValueError as error:
+        raise CorruptError(f"{file}: not JSON ({error}): run `hiddenlake verify {place}` again") from error
+    # Reports of the first version were not signed. What is neither has a name that was damaged.
+    if isinstance(document, dict) and set(document) == {*(field.name for field in fields(Report)), "ok"}:
+        return document
+    try:
+        return check_signed(document, file)
+    except CorruptError as error:
+        raise CorruptError(f"{file}: it is damaged: run `hiddenlake verify {place}` again") from error
 
 
 def _check_metadata(place: Backend, root: Root) -> Iterator[Problem]:
@@ -128,6 +151,26 @@ def _check_metadata(place: Backend, root: Root) -> Iterator[Problem]:
         longer = isinstance(found, dict) and found.get("shape", [])
         if found != expected and found not in _lengthened(root, name, longer):
             yield Problem(file, None, "differs from what the coverage means; a writer rebuilds it")
+
+
+def _check_loose(place: Backend) -> Iterator[Problem]:
+    """What no commit vouches for: claims, and the tables of failures and labels."""
+    for name in sorted(place.list_files("claims")):
+        if place.final_name(name) is None:
+            try:
+                read_claim(place, f"claims/{name}")
+            except CorruptError as error:
+                yield Problem(f"claims/{name}", None, str(error))
+    for folder in ("failures", "labels"):
+        for name in sorted(place.list_files(folder)):
+            if name.endswith(".parquet") and not name.startswith("."):
+                file = f"{folder}/{name}"
+                try:
+                    decode_loose(place.read(file), f"{place}/{file}")
+                except FileNotFoundError:
+                    continue  # a writer that is gone by now
+                except (OSError, CorruptError) as error:
+                    yield Problem(file, None, str(error))
 
 
 def _lengthened(root: Root, name: str, shape: Any) -> Iterator[dict[str, Any]]:

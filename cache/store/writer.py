@@ -191,8 +191,8 @@ class Writer:
     def slot(self) -> tuple[Shard, int]:
         """A free slot: the sample's cells go to `shard.views[site][..., slot, :]`, then call `add` or `release`.
 
-        Blocks while both shard buffers are being published. Raises StoreError when all slots of both
-        are handed out.
+        Blocks while both shard buffers are being published. Raises StoreError when all slots of both are handed out, or
+        filled and waiting for those of their shard that are: with other threads at work, ask again once one has added.
         """
         while True:
             with self._lock:
@@ -208,10 +208,12 @@ class Writer:
                     filling.shard.buffer.clear(slot)
                     return filling.shard, slot
                 publishing = self._publisher.pending()
+                handed_out = sum(len(filling.handed_out) for filling in self._filling)
             if not publishing:
                 raise StoreError(
-                    f"all {BUFFERS * self.layout.samples} slots of both shard buffers are handed out: add or release "
-                    f"some before asking for more, or open the capture with more buffer memory"
+                    f"all {BUFFERS * self.layout.samples} slots of both shard buffers are handed out ({handed_out}) or "
+                    f"wait for those that are: add or release some before asking for more, or open the capture with "
+                    f"more buffer memory"
                 )
             wait(publishing, return_when=FIRST_COMPLETED)
 

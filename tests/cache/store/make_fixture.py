@@ -17,13 +17,19 @@ from hiddenlake.cache.store import open_capture
 from hiddenlake.cache.store.labels import add_label
 
 SAMPLES = 7
-CAPTURES = {"plain": {}, "float16-zstd": {"dtype": "float16", "codec": "zstd"}, "float32-fp8": {"dtype": "float32", "codec": "fp8"}}
+CAPTURES = {
+    "plain": {},
+    "float16-zstd": {"dtype": "float16", "codec": "zstd"},
+    "float32-fp8": {"dtype": "float32", "codec": "fp8"},
+}
 
 
 def make(folder: Path) -> None:
     for name, settings in CAPTURES.items():
         settings = dict(settings)
-        coverage = tiny.coverage(settings.pop("dtype", "bfloat16"), sites=("mlp_out", "final_norm"), tokens=Tokens("all"))
+        coverage = tiny.coverage(
+            settings.pop("dtype", "bfloat16"), sites=("mlp_out", "final_norm"), tokens=Tokens("all")
+        )
         tiny.write(folder / name, SAMPLES, coverage=coverage, shard_samples=4, **settings)
         with tiny.open_tiny(folder / name, SAMPLES, coverage=coverage) as writer:
             writer.fail(Failure("key-0007", 3, "the cause", 2))

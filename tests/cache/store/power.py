@@ -14,7 +14,7 @@ import fcntl
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,23 +63,33 @@ class Sync:
 
 @dataclass(frozen=True, slots=True)
 class Acknowledged:
-    """The store said that these samples are safe."""
+    """The store said that these samples are safe, and at least so many. Both grow."""
 
-    keys: frozenset[str]
+    keys: frozenset[str] = frozenset()
+    count: int = 0
+
+    def __or__(self, other: "Acknowledged") -> "Acknowledged":
+        return Acknowledged(self.keys | other.keys, max(self.count, other.count))
 
 
 Event = Entries | Folder | Write | Resize | Sync | Acknowledged
 
 
 class Recorder:
-    """The module os, as `files` uses it. events : what was changed below `root`, in order."""
+    """The module os, as `files` uses it.
 
-    def __init__(self, root: Path) -> None:
+    events : what was changed below `root`, in order.
+    count : asked at each change: how many samples the store says are safe.
+    """
+
+    def __init__(self, root: Path, count: Callable[[], int] = int) -> None:
         self.root = root
+        self.count = count
         self.events: list[Event] = []
         self._names: dict[int, dict[str, int]] = {ROOT: {}}
         self._open: dict[int, tuple[int, int]] = {}  # descriptor -> (node, offset)
         self._nodes = 0
+        self._counted = 0
         self._lock = threading.RLock()
 
     def __getattr__(self, name: str):
@@ -87,7 +97,14 @@ class Recorder:
 
     def acknowledge(self, keys) -> None:
         with self._lock:
-            self.events.append(Acknowledged(frozenset(keys)))
+            self._note(Acknowledged(frozenset(keys)))
+
+    def _note(self, event: Event) -> None:
+        # Counted before this change is noted: what the store says while it makes a change must hold without it.
+        if (count := self.count()) > self._counted:
+            self._counted = count
+            self.events.append(Acknowledged(count=count))
+        self.events.append(event)
 
     def open(self, path, flags, mode=0o777) -> int:
         with self._lock:
@@ -111,7 +128,7 @@ class Recorder:
             node, offset = self._open[descriptor]
             if self._appends(descriptor):
                 offset = os.fstat(descriptor).st_size - written
-            self.events.append(Write(node, offset, bytes(data[:written])))
+            self._note(Write(node, offset, bytes(data[:written])))
             self._open[descriptor] = node, offset + written
             return written
 
@@ -122,17 +139,17 @@ class Recorder:
     def posix_fallocate(self, descriptor, offset, size) -> None:
         with self._lock:
             os.posix_fallocate(descriptor, offset, size)
-            self.events.append(Resize(self._open[descriptor][0], offset + size, shrink=False))
+            self._note(Resize(self._open[descriptor][0], offset + size, shrink=False))
 
     def ftruncate(self, descriptor, size) -> None:
         with self._lock:
             os.ftruncate(descriptor, size)
-            self.events.append(Resize(self._open[descriptor][0], size, shrink=True))
+            self._note(Resize(self._open[descriptor][0], size, shrink=True))
 
     def fsync(self, descriptor) -> None:
         # Not done: nothing here outlives the test, and thousands of them take long on a real disk.
         with self._lock:
-            self.events.append(Sync(self._open[descriptor][0]))
+            self._note(Sync(self._open[descriptor][0]))
 
     def rename(self, source, target) -> None:
         with self._lock:
@@ -159,7 +176,7 @@ class Recorder:
             folder, name = self._place(path)
             node = self._new()
             self._names[node] = {}
-            self.events.append(Folder(node))
+            self._note(Folder(node))
             self._change(folder, {name: node})
 
     def makedirs(self, path, mode=0o777, exist_ok=False) -> None:
@@ -186,7 +203,7 @@ class Recorder:
                 del self._names[folder][name]
             else:
                 self._names[folder][name] = node
-        self.events.append(Entries(folder, changes))
+        self._note(Entries(folder, changes))
 
 
 # What may be left of bytes that were not fsynced: none of them, all, the first half, or zeros where blocks were reserved.
@@ -201,7 +218,7 @@ class Platter:
     """What a disk holds, and what it was told and may forget."""
 
     def __init__(self) -> None:
-        self.acknowledged: frozenset[str] = frozenset()
+        self.acknowledged = Acknowledged()
         self._durable_names: dict[int, dict[str, int]] = {ROOT: {}}
         self._pending: list[Entries] = []
         self._durable: dict[int, bytes] = {}
@@ -232,8 +249,8 @@ class Platter:
                 self._pending = [entries for entries in self._pending if entries.folder != node]
             case Sync(node):
                 self._durable[node] = bytes(self._contents[node])
-            case Acknowledged(keys):
-                self.acknowledged |= keys
+            case Acknowledged():
+                self.acknowledged |= event
 
     def states(self, chance: random.Random, samples: int) -> Iterator[State]:
         """What the disk may hold: every change of names lost, or done, or each alone, and some mixtures of them.

@@ -10,11 +10,13 @@ TEST_LEASE_SECONDS : after so long a writer to object storage is taken for dead,
 import os
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 
+from hiddenlake.cache.errors import StoreError
 from hiddenlake.cache.positions import ABSENT, Tokens, resolve
 from hiddenlake.cache.samples import Sample
 from hiddenlake.cache.sites import SITES as ALL_SITES
@@ -112,9 +114,9 @@ def fill(writer, span, found):
         writer.filled(piece)
 
 
-def add(writer, i):
+def add(writer, i, slot=None):
     c = writer.coverage
-    shard, slot = writer.slot()
+    shard, slot = slot or writer.slot()
     span = None
     if c.tokens:
         found = tokens(i, c)
@@ -161,7 +163,15 @@ def write_together(path, samples, kind, say, threads=3):
     ):
 
         def one(name):
-            add(writer, number[name])
+            while True:
+                try:
+                    slot = writer.slot()
+                    break
+                except StoreError as error:
+                    if "wait for those that are" not in str(error):
+                        raise
+                    time.sleep(0.0005)  # other threads add what both shards wait for
+            add(writer, number[name], slot)
             say(f"published {writer.published}")
 
         added = []
@@ -184,6 +194,8 @@ def fork_for_each_line():
                 file = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
                 write_together(path, int(samples), kind, lambda text: os.write(file, f"{text}\n".encode()))
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         print(child, flush=True)

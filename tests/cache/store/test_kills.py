@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -39,8 +40,13 @@ def forked(process, tmp_path):
 
 
 def is_dead(child):
+    """Whether all its threads are: the last one to go lets go of its files and locks."""
     # It is its parent that would wait for it: until then it stays, as a zombie.
-    return open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[0] in "ZX"
+    states = [open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[0]]
+    for thread in os.listdir(f"/proc/{child}/task"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            states.append(open(f"/proc/{child}/task/{thread}/stat").read().rpartition(")")[2].split()[0])
+    return set(states) <= {"Z", "X"}
 
 
 def kill(child):
