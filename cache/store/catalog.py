@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hiddenlake.cache.errors import HiddenlakeError, StoreError
+from hiddenlake.cache.errors import CorruptError, HiddenlakeError, StoreError
 from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.reader import Capture, open_capture
 from hiddenlake.cache.store.root import has_root, is_capture
+from hiddenlake.cache.store.signing import parse
 from hiddenlake.cache.store.verify import RESULT
+
+# Of a result, which lists all damage.
+_MOST_BYTES = 16 << 20
 
 
 def list_captures(lake: str | Path) -> list[dict[str, Any]]:
@@ -68,7 +72,7 @@ def _name(value: Any) -> Any:
 
 def describe(capture: Capture) -> dict[str, Any]:
     """Everything that `hiddenlake info` shows of one capture, as plain JSON."""
-    verified = capture.place.read(RESULT) if RESULT in capture.place.list_files("") else None
+    verified = _verified(capture.place)
     provenances = {json.dumps(commit.provenance, sort_keys=True): commit.provenance for commit in capture.commits}
     failures: dict[str, int] = {}
     for cause in capture.failures()["cause"].to_pylist():
@@ -85,5 +89,15 @@ def describe(capture: Capture) -> dict[str, Any]:
         "shard_samples": capture.shard_samples,
         "shards": len(capture.commits),
         "failure_causes": failures,
-        "verified": json.loads(verified) if verified else None,
+        "verified": verified,
     }
+
+
+def _verified(place: Backend) -> dict[str, Any] | None:
+    """The kept result of the last verification, None where there was none. Raises CorruptError."""
+    try:
+        return parse(place.read(RESULT, _MOST_BYTES))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CorruptError(f"{place}/{RESULT}: {error}: run `hiddenlake verify {place}` again") from error

@@ -21,7 +21,10 @@ from hiddenlake.cache.store.commits import Commit, list_commits
 from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.metadata import arrays
-from hiddenlake.cache.store.signing import to_json_bytes
+from hiddenlake.cache.store.signing import parse, to_json_bytes
+
+# Of one claim.
+_MOST_BYTES = 1 << 16
 
 
 class Claims:
@@ -93,8 +96,11 @@ class Claims:
         """(writer, fencing) of a claim (`sample_claim`, `token_claim`), or None."""
         file = f"{self.place}/{claim}"
         try:
-            document = json.loads(self.place.read(claim))
-            return document["writer"], document["fencing"]
+            document = parse(self.place.read(claim, _MOST_BYTES))
+            writer, fencing = document["writer"], document["fencing"]
+            if not isinstance(writer, str) or type(fencing) is not int:
+                raise TypeError(document)
+            return writer, fencing
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -275,11 +275,19 @@ def remove(path: str | os.PathLike) -> None:
         os.unlink(path)
 
 
-def read(path: Path) -> bytes:
-    """A whole file. Raises OSError."""
+def check_size(size: int, most: int | None) -> None:
+    """Raise OSError for more bytes than there may be."""
+    if most is not None and size > most:
+        raise OSError(errno.EFBIG, f"{size} bytes, but such a file has at most {most}")
+
+
+def read(path: Path, most: int | None = None) -> bytes:
+    """A whole file. most : bytes that it may have. Raises OSError."""
     descriptor = open_read(path)
     try:
-        out = np.empty(descriptor_size(descriptor), np.uint8)
+        size = descriptor_size(descriptor)
+        check_size(size, most)
+        out = np.empty(size, np.uint8)
         pread_into(descriptor, out, 0)
         return out.tobytes()
     except EOFError as error:
@@ -291,7 +299,8 @@ def read(path: Path) -> bytes:
 def open_read(path: Path) -> int:
     """A descriptor. A symbolic link is not followed: what a capture holds lies in its folder. Raises OSError."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # A pipe would be waited for, until somebody writes into it.
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "a symbolic link, which no capture holds") from error
@@ -383,7 +392,7 @@ class FileLock:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         with storing(path):
-            self.descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+            self.descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX)
             except BaseException:
@@ -433,7 +442,7 @@ def is_locked(path: str | os.PathLike) -> bool:
 
     Raises FileNotFoundError where the file does not exist.
     """
-    descriptor = os.open(path, os.O_RDWR)
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

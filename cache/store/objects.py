@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hiddenlake.cache.errors import StoreError
-from hiddenlake.cache.store.files import trouble
+from hiddenlake.cache.store.files import check_size, trouble
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -82,11 +82,13 @@ class ObjectBackend:
         """Always the same: what is read of another capture in this place differs from what the commits say."""
         return self.url
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int | None = None) -> bytes:
         import obstore
 
         with _reading():
-            return bytes(obstore.get(self._store, name).bytes())
+            found = obstore.get(self._store, name)
+            check_size(found.meta["size"], most)
+            return bytes(found.bytes())
 
     def open(self, name: str) -> "ObjectFile":
         return ObjectFile(self._store, name)

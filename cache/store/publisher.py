@@ -17,6 +17,7 @@ from hiddenlake.cache.samples import Sample
 from hiddenlake.cache.store.backend import Backend, Batch
 from hiddenlake.cache.store.claims import Claims, sample_claim, token_claim
 from hiddenlake.cache.store.codecs import Encoding
+from hiddenlake.cache.store.commit_rules import check_commits
 from hiddenlake.cache.store.commits import Commit, FileRecord, Loss, Record, list_commits, read_commit
 from hiddenlake.cache.store.derived import derived_chunks
 from hiddenlake.cache.store.layout import TOKENS, Layout, encode_numbers
@@ -79,7 +80,9 @@ class Publisher:
     def refresh(self) -> None:
         """Read the commits that are new."""
         for shard in list_commits(self.place) - self.commits.keys():
-            self._remember(read_commit(self.place, shard))
+            commit = read_commit(self.place, shard)
+            check_commits(self.place, self.layout, [commit])
+            self._remember(commit)
 
     def _remember(self, commit: Commit) -> None:
         self.commits[commit.shard] = commit

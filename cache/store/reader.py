@@ -10,6 +10,7 @@ import numpy as np
 from hiddenlake.cache.errors import CorruptError, UnknownNameError
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.backend import Backend, open_backend
+from hiddenlake.cache.store.commit_rules import check_commits
 from hiddenlake.cache.store.commits import Commit, Loss, list_commits, read_commit
 from hiddenlake.cache.store.coverage import EMBED, Coverage
 from hiddenlake.cache.store.files import trouble
@@ -74,6 +75,7 @@ class Capture:
         known = self.snapshot.commits
         numbers = list_commits(self.place)
         commits = {k: known[k] if k in known else read_commit(self.place, k) for k in sorted(numbers)}
+        check_commits(self.place, self.snapshot.layout, commits.values())
         # The fields are replaced together, so that a thread that reads meanwhile sees one moment.
         self.snapshot = replace(self.snapshot, commits=commits)
 

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.samples import Failure, Sample
@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     import pyarrow
 
 # pyarrow is imported where it is used: it takes 0.2 s, which `import hiddenlake` must not spend.
+
+# Of one table, in memory: a shard of 65,536 samples with prompts of 30,000 characters each.
+_MOST_BYTES = 2 << 30
+
+# What writers of Parquet let a dictionary grow to, before they store values one by one.
+_DICTIONARY_BYTES = 1 << 20
 
 SAMPLE_COLUMNS = (
     "key", "slot", "index", "sample_index", "group", "prompt", "answer", "answers", "correct", "exact_answer",
@@ -88,12 +94,37 @@ def _encode(table: "pyarrow.Table") -> bytes:
     return out.getvalue()
 
 
+def _decoded_bytes(file: "pyarrow.parquet.ParquetFile", columns: list[str] | None) -> int:
+    """What a file's columns may take in memory, before any of them is decoded; roughly, but never too little by much.
+
+    A page of few bytes can hold a value many times: as a dictionary, or as a run of equal ones.
+    """
+    metadata, total = file.metadata, 0
+    for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
+        for chunk in (group.column(number) for number in range(group.num_columns)):
+            if columns is not None and chunk.path_in_schema.split(".")[0] not in columns:
+                continue
+            strings = chunk.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+            # The longest value is no longer than the column, and its dictionary than a page of one.
+            value = min(chunk.total_uncompressed_size, _DICTIONARY_BYTES) if strings and _repeats(chunk) else 8
+            total += chunk.total_uncompressed_size + chunk.num_values * value
+    return total
+
+
+def _repeats(chunk: Any) -> bool:
+    """Whether the column's values are more than its bytes can hold one by one, so that they must repeat."""
+    return chunk.total_uncompressed_size < 4 * chunk.num_values
+
+
 def decode(raw: bytes, file: str, columns: list[str] | None = None) -> "pyarrow.Table":
     """A table from the bytes of a Parquet file. Raises CorruptError that names `file`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
+        size = _decoded_bytes(pq.ParquetFile(pa.BufferReader(raw)), columns)
+        if size > _MOST_BYTES:
+            raise ValueError(f"{len(raw)} bytes that say to hold {size}")
         # A damaged schema field can surface as KeyError or as a failed UTF-8 decoding.
         return pq.read_table(pa.BufferReader(raw), columns=columns, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:

@@ -68,7 +68,11 @@ class BackendTests(FileTests):
     def test_a_batch_is_durable_and_complete_once_published(self, place: Backend) -> None:
         batch = place.batch()
         rows = np.arange(5000, dtype=np.float32).reshape(50, 100)
-        expected = {"mlp_out/c.0": b"head" + rows.tobytes(), "samples/0.parquet": b"PAR1", "row_crc/tokens/mlp_out/c": b""}
+        expected = {
+            "mlp_out/c.0": b"head" + rows.tobytes(),
+            "samples/0.parquet": b"PAR1",
+            "row_crc/tokens/mlp_out/c": b"",
+        }
         batch.add("mlp_out/c.0", [b"head", rows], len(expected["mlp_out/c.0"]))
         rows[:] = -1  # may be reused
         batch.add("samples/0.parquet", iter([b"PA", memoryview(b"R1")]))

@@ -59,7 +59,11 @@ class CaptureTests(Conformance):
         c = capture.coverage
         if c.positions:
             truth = _cells(capture, "mlp_act", list(range(SAMPLES)))
-            for layer, position, rows in [(3, "-1", [7]), (0, "last_q", [2, 9, 2]), (3, "second_answer", range(SAMPLES))]:
+            for layer, position, rows in [
+                (3, "-1", [7]),
+                (0, "last_q", [2, 9, 2]),
+                (3, "second_answer", range(SAMPLES)),
+            ]:
                 cell = truth[c.layers.index(layer), c.positions.index(position)][list(rows)]
                 assert _same(capture.read("mlp_act", layer, position, rows), cell)
                 out = np.zeros_like(cell)
