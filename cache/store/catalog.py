@@ -96,7 +96,10 @@ def describe(capture: Capture) -> dict[str, Any]:
 def _verified(place: Backend) -> dict[str, Any] | None:
     """The kept result of the last verification, None where there was none. Raises CorruptError."""
     try:
-        return parse(place.read(RESULT, _MOST_BYTES))
+        found = parse(place.read(RESULT, _MOST_BYTES))
+        if not isinstance(found, dict):
+            raise ValueError("it is no report")
+        return found
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -394,6 +394,7 @@ class FileLock:
         with storing(path):
             self.descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW, 0o644)
             try:
+                descriptor_size(self.descriptor)
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX)
             except BaseException:
                 os.close(self.descriptor)
@@ -440,10 +441,11 @@ os.register_at_fork(after_in_child=_drop_inherited_locks)
 def is_locked(path: str | os.PathLike) -> bool:
     """Whether a living process holds the flock of a file.
 
-    Raises FileNotFoundError where the file does not exist.
+    Raises FileNotFoundError where the file does not exist, OSError where it is no file.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        descriptor_size(descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

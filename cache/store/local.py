@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hiddenlake.cache.store import files
-from hiddenlake.cache.store.files import FileLock, is_locked, storing
+from hiddenlake.cache.store.files import FileLock, is_locked, storing, trouble
 
 LOCK = "writers/lock"
 
@@ -100,7 +100,9 @@ class LocalBackend:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        with storing(self.path), FileLock(self._at(LOCK)):
+        with storing(self.path / LOCK):
+            lock = FileLock(self._at(LOCK))
+        with storing(self.path), lock:
             yield
 
     def join(self, writer: str) -> "LocalMember":
@@ -114,6 +116,8 @@ class LocalBackend:
             return is_locked(self._at(self._file(writer)))
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise trouble(self.path / self._file(writer), error) from error
 
     def appended(self, writer: str) -> list[bytes]:
         with suppress(FileNotFoundError):
@@ -135,11 +139,11 @@ class LocalBackend:
         parts = name.split("/")
         if name and not all(part not in ("", ".", "..") for part in parts):
             raise OSError(errno.EINVAL, f"{name!r} is no name of a file in a capture")
-        path = str(self.path)
+        folder = ""
         for part in parts[:-1]:
-            path = f"{path}/{part}"
-            if os.path.islink(path):
-                raise OSError(errno.ELOOP, "in a folder that is a symbolic link, which no capture holds")
+            folder += f"/{part}"
+            if os.path.islink(f"{self.path}{folder}"):
+                raise OSError(errno.ELOOP, f"{folder[1:]} is a symbolic link, which no capture holds")
         return self.path / name
 
     def _to(self, name: str) -> Path:

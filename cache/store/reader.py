@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import xarray
 
 
+# Of a table of labels or failures.
+_MOST_BYTES = 1 << 30
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class TokenRows:
     """Token-level activations of several samples, one behind the other.
@@ -141,7 +145,11 @@ class Capture:
         import pyarrow as pa
 
         latest: dict[str, dict[str, Any]] = {}
-        for table in self._tables("failures").values():
+        for name, table in self._tables("failures").items():
+            if table.schema.names != failure_schema().names or any(column.null_count for column in table.columns):
+                raise CorruptError(
+                    f"{self.path}/failures/{name}.parquet: not a list of failures: remove it, or restore it from a copy"
+                )
             for row in table.to_pylist():
                 if row["key"] not in latest or row["time"] > latest[row["key"]]["time"]:
                     latest[row["key"]] = row
@@ -163,11 +171,15 @@ class Capture:
     def _tables(self, folder: str) -> dict[str, "pyarrow.Table"]:
         """The Parquet files of a folder, by name."""
         found = {}
-        for name in sorted(self.place.list_files(folder)):
+        try:
+            names = sorted(self.place.list_files(folder))
+        except OSError as error:
+            raise trouble(f"{self.path}/{folder}", error) from error
+        for name in names:
             if name.endswith(".parquet") and not name.startswith("."):
                 file = f"{folder}/{name}"
                 try:
-                    raw = self.place.read(file)
+                    raw = self.place.read(file, _MOST_BYTES)
                 except OSError as error:
                     raise trouble(f"{self.path}/{file}", error) from error
                 found[name.removesuffix(".parquet")] = decode(raw, f"{self.path}/{file}")

@@ -25,7 +25,7 @@ from hiddenlake.cache.store.metadata import arrays
 from hiddenlake.cache.store.opened import Committed
 from hiddenlake.cache.store.root import FILE, Root, read_root
 from hiddenlake.cache.store.signing import parse, to_json_bytes
-from hiddenlake.cache.store.tables import decode, sample_schema
+from hiddenlake.cache.store.tables import check_rows, decode, sample_schema
 
 RESULT = "verify.json"
 
@@ -237,6 +237,11 @@ def _check_shard(place: Backend, layout: Layout, commit: Commit) -> Iterator[Pro
 def _check_samples(name: str, layout: Layout, commit: Commit, table: Any) -> Iterator[Problem]:
     if [(field.name, field.type) for field in table.schema] != [(f.name, f.type) for f in sample_schema()]:
         yield Problem(name, None, f"columns {table.schema.names} differ from the format's")
+        return
+    try:
+        check_rows(table, layout)
+    except ValueError as error:
+        yield Problem(name, None, str(error))
         return
     committed = [(slot, key, *commit.order[slot]) for slot, key in enumerate(commit.keys) if key is not None]
     rows = table.to_pylist()
