@@ -128,7 +128,13 @@ class ObjectBackend:
         import obstore
 
         with self._writing(name):
-            return obstore.put(self._store, name, data)
+            try:
+                return obstore.put(self._store, name, data)
+            except FileNotFoundError:
+                raise self._no_bucket() from None
+
+    def _no_bucket(self) -> StoreError:
+        return StoreError(f"{self.url}: there is no such bucket: make it, or name another one")
 
     def _put_if(self, name: str, data: bytes, mode: Any, only_ours: bool = False) -> Any:
         """What the put returned, or None where the condition did not hold.
@@ -152,7 +158,7 @@ class ObjectBackend:
                 return there() if only_ours else None
             except FileNotFoundError:
                 if mode == "create":
-                    raise StoreError(f"{self.url}: there is no such bucket: make it, or name another one") from None
+                    raise self._no_bucket() from None
                 return None
             except BaseError:
                 found = there()
