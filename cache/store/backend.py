@@ -98,7 +98,8 @@ class Backend(Protocol):
         Where the backend has no folders that could be told apart, it is always equal: then checksums alone tell.
         """
 
-    def read(self, name: str) -> bytes: ...
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """A whole file. most : raise OSError, before anything is allocated, if it has more bytes."""
 
     def open(self, name: str) -> File: ...
 

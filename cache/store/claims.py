@@ -21,7 +21,10 @@ from hiddenlake.cache.store.commits import Commit, list_commits
 from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.metadata import arrays
-from hiddenlake.cache.store.signing import check_signed, sign, to_json_bytes
+from hiddenlake.cache.store.signing import check_signed, parse, sign, to_json_bytes
+
+# Of one claim.
+_MOST_BYTES = 1 << 16
 
 
 class Claims:
@@ -226,11 +229,11 @@ def read_claim(place: Backend, claim: str) -> tuple[str, int] | None:
     """(writer, fencing) of a claim, or None where there is none. Raises CorruptError, StoreError."""
     file = f"{place}/{claim}"
     try:
-        document = json.loads(place.read(claim))
-        # Claims of the first writers were not signed. What is neither has a name that was damaged.
-        if set(document) != {"writer", "fencing"}:
-            document = check_signed(document, file)
-        return document["writer"], document["fencing"]
+        document = check_signed(parse(place.read(claim, _MOST_BYTES)), file)
+        writer, fencing = document["writer"], document["fencing"]
+        if not isinstance(writer, str) or type(fencing) is not int:
+            raise TypeError(document)
+        return writer, fencing
     except FileNotFoundError:
         return None
     except OSError as error:

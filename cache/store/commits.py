@@ -1,7 +1,6 @@
 """Commits: what shard k holds, with checksums. They alone decide what exists."""
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,7 +11,10 @@ from crc32c import crc32c
 from hiddenlake.cache.errors import CorruptError, StoreError
 from hiddenlake.cache.store.backend import Backend
 from hiddenlake.cache.store.files import trouble
-from hiddenlake.cache.store.signing import check_signed, sign, to_json_bytes
+from hiddenlake.cache.store.signing import check_signed, parse, sign, to_json_bytes
+
+# The checksums of a million chunks, of several sites.
+_MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,13 @@ Record = FileRecord | ChunkRecord
 
 
 def _record(body: dict[str, Any]) -> Record:
+    size = _whole(body["size"])
     if "crc32c" in body:
-        return FileRecord(body["size"], body["crc32c"])
+        return FileRecord(size, _whole(body["crc32c"]))
     crcs, lengths = (base64.b64decode(body.get(name, ""), validate=True) for name in ("crcs", "lengths"))
     if len(crcs) % 4 or (lengths and len(lengths) != len(crcs)):
         raise ValueError(f"{len(crcs)} bytes of checksums and {len(lengths)} of lengths")
-    return ChunkRecord(body["size"], crcs, lengths)
+    return ChunkRecord(size, crcs, lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +164,7 @@ def read_commit(place: Backend, shard: int) -> Commit:
     """Read and check one commit. Raises CorruptError, StoreError."""
     file = f"{place}/{commit_file(shard)}"
     try:
-        document = json.loads(place.read(commit_file(shard)))
+        document = parse(place.read(commit_file(shard), _MOST_BYTES))
     except ValueError as error:
         raise CorruptError(f"{file}: not JSON ({error}): {remedy(place, [shard])}") from error
     except OSError as error:
@@ -169,20 +172,20 @@ def read_commit(place: Backend, shard: int) -> Commit:
     body = check_signed(document, file)
     try:
         commit = Commit(
-            body["shard"],
-            body["writer"],
-            body["fencing"],
-            body["provenance"],
-            tuple(body["keys"]),
+            _whole(body["shard"]),
+            _a(str, body["writer"]),
+            _whole(body["fencing"]),
+            _a(dict, body["provenance"]),
+            tuple(None if key is None else _a(str, key) for key in _a(list, body["keys"])),
             _pairs(body["order"]),
             {name: _record(record) for name, record in body["files"].items()},
-            body["time"],
+            _a(str, body["time"]),
             _pairs(body.get("spans", [])),
-            {int(number): columns for number, columns in body.get("token_shards", {}).items()},
-            {name: Loss(**loss) for name, loss in body.get("losses", {}).items()},
+            {_whole(int(number)): _whole(columns) for number, columns in body.get("token_shards", {}).items()},
+            {name: _loss(loss) for name, loss in body.get("losses", {}).items()},
             _pairs(body.get("replaces", [])),
         )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         raise CorruptError(f"{file}: not a commit ({error!r}): {remedy(place, [shard])}") from error
     if commit.shard != shard:
         raise CorruptError(f"{file}: it is the commit of shard {commit.shard}: {remedy(place, [shard])}")
@@ -200,8 +203,25 @@ def commit_file(shard: int) -> str:
     return f"commits/{shard}.json"
 
 
+def _a(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{str(value)[:80]!r} is no {kind.__name__}")
+    return value
+
+
+def _whole(value: Any, least: int = 0) -> int:
+    """A number that fits into 63 bits."""
+    if not least <= _a(int, value) < 1 << 63:
+        raise ValueError(f"{str(value)[:80]} is out of range")
+    return value
+
+
 def _pairs(values: list[list[int] | None]) -> tuple[tuple[int, int] | None, ...]:
-    return tuple(None if pair is None else (pair[0], pair[1]) for pair in values)
+    return tuple(None if pair is None else (_whole(pair[0], -(1 << 63)), _whole(pair[1], 0)) for pair in values)
+
+
+def _loss(body: dict[str, Any]) -> Loss:
+    return Loss(float(body["relative"]), float(body["cosine"]), _whole(body["rows"]))
 
 
 def remedy(place: Backend, shards: Sequence[int]) -> str:

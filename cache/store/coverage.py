@@ -57,6 +57,8 @@ class Coverage:
             raise ValueError(f"sites {self.sites}: expected at least one site, each once")
         if not any(SITES[site].layered for site in self.sites):
             object.__setattr__(self, "layers", ())
+        elif not all(type(layer) is int and layer < 1 << 31 for layer in self.layers):
+            raise ValueError(f"layers {self.layers}: expected whole numbers")
         elif not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise ValueError(f"layers {self.layers}: expected ascending 0-based block indices, each once")
         if not self.positions and self.tokens is None:

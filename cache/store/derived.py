@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.positions import ABSENT, in_answer
 from hiddenlake.cache.store.backend import Backend
-from hiddenlake.cache.store.commits import Commit, read_checked
+from hiddenlake.cache.store.commits import Commit, read_checked, remedy
 from hiddenlake.cache.store.layout import Layout, encode_numbers, encode_strings
 from hiddenlake.cache.store.root import Root
-from hiddenlake.cache.store.tables import decode
+from hiddenlake.cache.store.tables import check_rows, decode
 
 if TYPE_CHECKING:
     import pyarrow
@@ -55,6 +56,10 @@ def _derived_chunks_of(place: Backend, layout: Layout, commit: Commit) -> dict[s
     name = layout.samples_file(commit.shard)
     raw = read_checked(place, name, commit.files[name], [commit.shard])
     table = decode(raw, f"{place}/{name}", ["slot", "token_index", "prompt_length"])
+    try:
+        check_rows(table, layout)
+    except ValueError as error:
+        raise CorruptError(f"{place}/{name}: {error}: {remedy(place, [commit.shard])}") from error
     return derived_chunks(layout, commit, cells_of(table))
 
 

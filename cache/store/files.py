@@ -326,11 +326,19 @@ def remove(path: str | os.PathLike) -> None:
         os.unlink(path)
 
 
-def read(path: Path) -> bytes:
-    """A whole file. Raises OSError."""
+def check_size(size: int, most: int | None) -> None:
+    """Raise OSError for more bytes than there may be."""
+    if most is not None and size > most:
+        raise OSError(errno.EFBIG, f"{size} bytes, but such a file has at most {most}")
+
+
+def read(path: Path, most: int | None = None) -> bytes:
+    """A whole file. most : bytes that it may have. Raises OSError."""
     descriptor = open_read(path)
     try:
-        out = np.empty(descriptor_size(descriptor), np.uint8)
+        size = descriptor_size(descriptor)
+        check_size(size, most)
+        out = np.empty(size, np.uint8)
         pread_into(descriptor, out, 0)
         return out.tobytes()
     except EOFError as error:
@@ -342,7 +350,8 @@ def read(path: Path) -> bytes:
 def open_read(path: Path) -> int:
     """A descriptor. A symbolic link is not followed: what a capture holds lies in its folder. Raises OSError."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # A pipe would be waited for, until somebody writes into it.
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "a symbolic link, which no capture holds") from error
@@ -435,8 +444,9 @@ class FileLock:
         self.path = Path(path)
         with storing(path):
             while True:
-                self.descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+                self.descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW, 0o644)
                 try:
+                    descriptor_size(self.descriptor)
                     fcntl.flock(self.descriptor, fcntl.LOCK_EX)
                     # The folder may have been replaced by another while this waited.
                     if _same_file(self.descriptor, path):
@@ -500,10 +510,11 @@ os.register_at_fork(after_in_child=_drop_inherited_locks)
 def is_locked(path: str | os.PathLike) -> bool:
     """Whether a living process holds the flock of a file.
 
-    Raises FileNotFoundError where the file does not exist.
+    Raises FileNotFoundError where the file does not exist, OSError where it is no file.
     """
-    descriptor = os.open(path, os.O_RDWR)
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        descriptor_size(descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

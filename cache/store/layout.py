@@ -53,6 +53,8 @@ class Layout:
             )
         if self.codec not in CODECS:
             raise ValueError(f"codec {self.codec!r}: expected one of {', '.join(CODECS)}")
+        if any(type(number) is not int for number in (self.samples, T, K)):
+            raise ValueError(f"samples {self.samples!r} and tokens {T!r} of {K!r}: expected whole numbers")
         chunks = max(1, len(c.layers)) * max(len(c.positions), K // T if T else 0)
         sizes = (self.samples, T, max(c.widths.values()), chunks)
         if self.samples < 1 or any(size > most for size, most in zip(sizes, _MOST, strict=True)):

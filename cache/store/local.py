@@ -1,6 +1,8 @@
 """Local folders as a backend."""
 
+import errno
 import mmap
+import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hiddenlake.cache.store import files
-from hiddenlake.cache.store.files import FileLock, is_locked, storing
+from hiddenlake.cache.store.files import FileLock, is_locked, storing, trouble
 
 LOCK = "writers/lock"
 
@@ -56,23 +58,23 @@ class LocalBackend:
     def generation(self) -> Hashable:
         return files.identity(self.path)
 
-    def read(self, name: str) -> bytes:
-        return files.read(self.path / name)
+    def read(self, name: str, most: int | None = None) -> bytes:
+        return files.read(self._at(name), most)
 
     def open(self, name: str) -> "LocalFile":
-        return LocalFile(self.path / name)
+        return LocalFile(self._at(name))
 
     def list_files(self, folder: str) -> list[str]:
-        return files.list_files(self.path / folder)
+        return files.list_files(self._at(f"{folder}/x").parent if folder else self.path)
 
     def size(self, name: str) -> int:
-        return files.size(self.path / name)
+        return files.size(self._at(name))
 
     def write(self, name: str, data: bytes, durable: bool = True) -> None:
-        files.write_atomic(self.path / name, data, durable=durable)
+        files.write_atomic(self._to(name), data, durable=durable)
 
     def create(self, name: str, data: bytes) -> bool:
-        return files.create_exclusive(self.path / name, data)
+        return files.create_exclusive(self._to(name), data)
 
     def replace(self, name: str, old: bytes, new: bytes) -> bool:
         # Whoever replaces holds the lock, which no other process gets meanwhile.
@@ -82,10 +84,10 @@ class LocalBackend:
         return True
 
     def remove(self, name: str) -> None:
-        files.remove(self.path / name)
+        files.remove(self._to(name))
 
     def batch(self) -> "LocalBatch":
-        return LocalBatch(self.path)
+        return LocalBatch(self)
 
     def make(self, files_: dict[str, bytes], folders: Sequence[str]) -> bool:
         return files.create_folder(self.path, files_, folders, LOCK)
@@ -98,36 +100,58 @@ class LocalBackend:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        with storing(self.path), FileLock(self.path / LOCK):
+        with storing(self.path / LOCK):
+            lock = FileLock(self._at(LOCK))
+        with storing(self.path), lock:
             yield
 
     def join(self, writer: str) -> "LocalMember":
         # Here too: what is too new for the one that makes the capture would else stay for good.
         files.sweep_folders(self.path, LOCK)
-        return LocalMember(self._file(writer), self.path / "commits")
+        return LocalMember(self._to(self._file(writer)), self._to("commits/x").parent)
 
     def writers(self) -> list[str]:
         return [name[:-6] for name in self.list_files("writers") if name.endswith(".jsonl")]
 
     def lives(self, writer: str) -> bool:
         try:
-            return is_locked(self._file(writer))
+            return is_locked(self._at(self._file(writer)))
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise trouble(self.path / self._file(writer), error) from error
 
     def appended(self, writer: str) -> list[bytes]:
         with suppress(FileNotFoundError):
-            return files.read(self._file(writer)).splitlines()
+            return self.read(self._file(writer)).splitlines()
         return []
 
     def expel(self, writer: str) -> None:
         """One whose lock is free has no process."""
 
     def forget(self, writer: str) -> None:
-        files.remove(self._file(writer))
+        self.remove(self._file(writer))
 
-    def _file(self, writer: str) -> Path:
-        return self.path / "writers" / f"{writer}.jsonl"
+    @staticmethod
+    def _file(writer: str) -> str:
+        return f"writers/{writer}.jsonl"
+
+    def _at(self, name: str) -> Path:
+        """Where a file of the capture lies. Raises OSError for a name, or a folder, that leads out of it."""
+        parts = name.split("/")
+        if name and not all(part not in ("", ".", "..") for part in parts):
+            raise OSError(errno.EINVAL, f"{name!r} is no name of a file in a capture")
+        folder = ""
+        for part in parts[:-1]:
+            folder += f"/{part}"
+            if os.path.islink(f"{self.path}{folder}"):
+                raise OSError(errno.ELOOP, f"{folder[1:]} is a symbolic link, which no capture holds")
+        return self.path / name
+
+    def _to(self, name: str) -> Path:
+        """The same for writing. Raises StoreError."""
+        with storing(self.path / name):
+            return self._at(name)
 
 
 def left_folders(lake: Path, remove: bool) -> list[tuple[Path, int]]:
@@ -190,13 +214,13 @@ class LocalMember:
 class LocalBatch:
     """See Batch. `add` writes beside the name; `publish` fsyncs, renames, and fsyncs each folder once."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, backend: LocalBackend) -> None:
+        self.backend = backend
         self._open: list[tuple[Path, files.Unfinished]] = []
 
     def add(self, name: str, parts: Iterable, size: int | None = None) -> None:
-        file = self.path / name
-        with storing(file):
+        with storing(self.backend.path / name):
+            file = self.backend._at(name)
             self._open.append((file, files.write_beside(file, parts, size)))
 
     def publish(self) -> None:

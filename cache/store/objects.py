@@ -6,21 +6,19 @@ long as its heartbeat is young, by the server's clock. Both can be lost by a pro
 decides what exists: commits do (see claims.py).
 """
 
-import errno
 import json
 import random
 import secrets
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hiddenlake.cache.errors import StoreError
-from hiddenlake.cache.store.files import trouble
+from hiddenlake.cache.store.files import check_size, trouble
+from hiddenlake.cache.store.object_files import ObjectBatch, ObjectFile, line_of, reading
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -75,24 +73,26 @@ class ObjectBackend:
         return None
 
     def list_folders(self) -> list[str]:
-        with _reading():
+        with reading():
             return [str(prefix).rsplit("/", 1)[-1] for prefix in self._listed("")["common_prefixes"]]
 
     def generation(self) -> Hashable:
         """Always the same: what is read of another capture in this place differs from what the commits say."""
         return self.url
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int | None = None) -> bytes:
         import obstore
 
-        with _reading():
-            return bytes(obstore.get(self._store, name).bytes())
+        with reading():
+            found = obstore.get(self._store, name)
+            check_size(found.meta["size"], most)
+            return bytes(found.bytes())
 
     def open(self, name: str) -> "ObjectFile":
         return ObjectFile(self._store, name)
 
     def list_files(self, folder: str) -> list[str]:
-        with _reading():
+        with reading():
             return [entry["path"].rsplit("/", 1)[-1] for entry in self._listed(folder)["objects"]]
 
     def _listed(self, folder: str) -> Any:
@@ -106,7 +106,7 @@ class ObjectBackend:
     def _head(self, name: str) -> Any:
         import obstore
 
-        with _reading():
+        with reading():
             return obstore.head(self._store, name)
 
     def write(self, name: str, data: bytes, durable: bool = True) -> None:
@@ -128,7 +128,13 @@ class ObjectBackend:
         import obstore
 
         with self._writing(name):
-            return obstore.put(self._store, name, data)
+            try:
+                return obstore.put(self._store, name, data)
+            except FileNotFoundError:
+                raise self._no_bucket() from None
+
+    def _no_bucket(self) -> StoreError:
+        return StoreError(f"{self.url}: there is no such bucket: make it, or name another one")
 
     def _put_if(self, name: str, data: bytes, mode: Any, only_ours: bool = False) -> Any:
         """What the put returned, or None where the condition did not hold.
@@ -152,7 +158,7 @@ class ObjectBackend:
                 return there() if only_ours else None
             except FileNotFoundError:
                 if mode == "create":
-                    raise OSError(errno.ENOENT, "there is no such bucket") from None
+                    raise self._no_bucket() from None
                 return None
             except BaseError:
                 found = there()
@@ -167,7 +173,7 @@ class ObjectBackend:
             obstore.delete(self._store, name)
 
     def batch(self) -> "ObjectBatch":
-        return ObjectBatch(self)
+        return ObjectBatch(self._put, self.remove)
 
     def make(self, files: dict[str, bytes], folders: Sequence[str]) -> bool:
         import obstore
@@ -241,7 +247,7 @@ class ObjectBackend:
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:
         try:
-            with _reading():
+            with reading():
                 yield
         except FileNotFoundError:
             raise
@@ -264,89 +270,7 @@ def _store(url: str) -> "ObjectStore":
             return S3Store(bucket, prefix=prefix or None)
         return from_url(url)
     except (BaseError, ValueError) as error:
-        raise StoreError(f"{url} cannot be opened ({_line(error)}): expected s3://bucket/folder") from error
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    """Errors of object storage as the system's."""
-    from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
-
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "no such object") from error
-    except (PermissionDeniedError, UnauthenticatedError) as error:
-        raise PermissionError(errno.EACCES, f"permission denied ({_line(error)})") from error
-    except BaseError as error:
-        raise OSError(errno.EIO, _line(error)) from error
-
-
-class ObjectFile:
-    """See File. What is read is of the object that was opened, or an error."""
-
-    def __init__(self, store: "ObjectStore", name: str) -> None:
-        import obstore
-
-        self._store, self._name = store, name
-        with _reading():
-            found = obstore.head(store, name)
-        self.size: int = found["size"]
-        self._tag = found["e_tag"]
-
-    def read(self, offset: int, out: np.ndarray) -> None:
-        import obstore
-        from obstore.exceptions import PreconditionError
-
-        if offset + out.nbytes > self.size:
-            raise EOFError(f"the object ends at byte {self.size}")
-        if not out.nbytes:
-            return  # HTTP knows no empty range
-        options = {"range": (offset, offset + out.nbytes), "if_match": self._tag}
-        with _reading():
-            try:
-                got = obstore.get(self._store, self._name, options=options).bytes()
-            except PreconditionError as error:
-                raise OSError(errno.ESTALE, "the object was replaced since it was opened") from error
-        if len(got) != out.nbytes:
-            raise EOFError(f"{len(got)} of {out.nbytes} bytes came")
-        out[:] = np.frombuffer(got, np.uint8)
-
-    def read_cached(self, offset: int, out: np.ndarray) -> bool:
-        return False
-
-    def will_need(self, offset: int, length: int) -> None:
-        """Reads are made in parallel; there is nothing else to ask for."""
-
-    def mapped(self) -> np.ndarray | None:
-        return None
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class ObjectBatch:
-    """See Batch. An object is durable once it is put; without a commit it is nothing."""
-
-    def __init__(self, backend: ObjectBackend) -> None:
-        self.backend = backend
-        self._names: list[str] = []
-
-    def add(self, name: str, parts: Iterable, size: int | None = None) -> None:
-        self._names.append(name)
-        self.backend._put(name, (bytes(memoryview(part).cast("B")) for part in parts))
-
-    def publish(self) -> None:
-        self._names.clear()
-
-    def discard(self) -> None:
-        while self._names:
-            with suppress(StoreError):
-                self.backend.remove(self._names.pop())
+        raise StoreError(f"{url} cannot be opened ({line_of(error)}): expected s3://bucket/folder") from error
 
 
 class ObjectMember:

@@ -18,6 +18,10 @@ from hiddenlake.cache.store.shard_file import ShardFile
 _CACHE_BYTES = 64 << 20
 
 
+# zstd writes at most a block of 128 KiB for each four bytes: a header and the value that is repeated (RFC 8878, 3.1.1.2).
+_MOST_DENSE = 1 << 15
+
+
 @dataclass(frozen=True, slots=True)
 class Committed:
     """One activation file that commits vouch for.
@@ -71,6 +75,11 @@ class OpenFile:
             raise CorruptError(
                 f"{committed}: its commit lists {len(self.crcs)} chunks, but the layout has {len(shape.present)}: "
                 f"{committed.remedy}"
+            )
+        if not shape.fixed and (shape.chunk_bytes > _MOST_DENSE * (self.lengths + 1)).any():
+            raise CorruptError(
+                f"{committed}: its commit lists a chunk of {int(self.lengths.min())} bytes, which cannot hold "
+                f"{shape.chunk_bytes} compressed ones: {committed.remedy}"
             )
         ends = shape.offsets(self.lengths)
         self.offsets = ends[:-1]
@@ -126,9 +135,12 @@ class OpenFile:
     def load(self, name: str, dtype: str) -> np.ndarray:
         """(place, row) numbers of the file of row checksums, or of scales, as it lies there now. Raises CorruptError."""
         one, shape = self.committed, self.committed.shape
-        every = read_array(one.place, name, one.commits[0].files[name], one.shards, dtype)
-        if len(every) != len(shape.place) * shape.rows:
-            raise CorruptError(f"{one.place}/{name}: {len(every)} numbers, but the layout has others: {one.remedy}")
+        record, size = one.commits[0].files[name], len(shape.place) * shape.rows * np.dtype(dtype).itemsize + 4
+        if record.size != size:
+            raise CorruptError(
+                f"{one.place}/{name}: {record.size} bytes were committed, but the layout has {size}: {one.remedy}"
+            )
+        every = read_array(one.place, name, record, one.shards, dtype)
         return every.reshape(len(shape.place), shape.rows)[shape.present]
 
 

@@ -10,12 +10,13 @@ import numpy as np
 from hiddenlake.cache.errors import CorruptError, UnknownNameError
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.backend import Backend, open_backend
+from hiddenlake.cache.store.commit_rules import check_commits
 from hiddenlake.cache.store.commits import Commit, Loss, list_commits, read_commit, valid
 from hiddenlake.cache.store.coverage import EMBED, Coverage
 from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.root import read_root
 from hiddenlake.cache.store.snapshot import Dtype, Snapshot, samples_of
-from hiddenlake.cache.store.tables import decode_loose, failure_schema
+from hiddenlake.cache.store.tables import MOST_LOOSE_BYTES, decode_loose, failure_schema
 
 if TYPE_CHECKING:
     import pyarrow
@@ -76,6 +77,7 @@ class Capture:
         numbers = list_commits(self.place)
         # One that was replaced is not remembered, and read again: there are few.
         commits = valid({k: known[k] if k in known else read_commit(self.place, k) for k in sorted(numbers)})
+        check_commits(self.place, self.snapshot.layout, commits.values())
         # The fields are replaced together, so that a thread that reads meanwhile sees one moment.
         self.snapshot = replace(self.snapshot, commits=commits)
 
@@ -141,7 +143,11 @@ class Capture:
         import pyarrow as pa
 
         latest: dict[str, dict[str, Any]] = {}
-        for table in self._tables("failures").values():
+        for name, table in self._tables("failures").items():
+            if table.schema.names != failure_schema().names or any(column.null_count for column in table.columns):
+                raise CorruptError(
+                    f"{self.path}/failures/{name}.parquet: not a list of failures: remove it, or restore it from a copy"
+                )
             for row in table.to_pylist():
                 if row["key"] not in latest or row["time"] > latest[row["key"]]["time"]:
                     latest[row["key"]] = row
@@ -163,11 +169,15 @@ class Capture:
     def _tables(self, folder: str) -> dict[str, "pyarrow.Table"]:
         """The Parquet files of a folder, by name."""
         found = {}
-        for name in sorted(self.place.list_files(folder)):
+        try:
+            names = sorted(self.place.list_files(folder))
+        except OSError as error:
+            raise trouble(f"{self.path}/{folder}", error) from error
+        for name in names:
             if name.endswith(".parquet") and not name.startswith("."):
                 file = f"{folder}/{name}"
                 try:
-                    raw = self.place.read(file)
+                    raw = self.place.read(file, MOST_LOOSE_BYTES)
                 except OSError as error:
                     raise trouble(f"{self.path}/{file}", error) from error
                 found[name.removesuffix(".parquet")] = decode_loose(raw, f"{self.path}/{file}")

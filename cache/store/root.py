@@ -10,13 +10,16 @@ from hiddenlake.cache.store.backend import Backend
 from hiddenlake.cache.store.coverage import EMBED, Coverage
 from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.layout import TOKENS, Layout
-from hiddenlake.cache.store.signing import check_signed, sign, to_json_bytes
+from hiddenlake.cache.store.signing import check_signed, parse, sign, to_json_bytes
 
 FILE = "zarr.json"
 
 # 3: a commit holds the checksum of every chunk. (In 1 and 2 it held one of each file, which was the same number for all
 # files of a layout. They were never released.)
 FORMAT_VERSION = 3
+
+# A hundred times what the metadata of many sites takes.
+_MOST_BYTES = 16 << 20
 
 # Room that is planned for one sample's tokens: a question and an answer. The axis grows when samples are longer.
 _SAMPLE_TOKENS = 512
@@ -118,7 +121,7 @@ def has_root(place: Backend) -> bool:
 def is_capture(place: Backend) -> bool:
     """Whether a folder says that it is a capture. Raises nothing for a folder that is none, or cannot be read."""
     try:
-        return "hiddenlake" in json.loads(place.read(FILE))["attributes"]
+        return "hiddenlake" in parse(place.read(FILE, _MOST_BYTES))["attributes"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -134,7 +137,7 @@ def read_root(place: Backend) -> Root:
 
 def _read_raw(place: Backend) -> bytes:
     try:
-        return place.read(FILE)
+        return place.read(FILE, _MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(f"{place} is no capture: it has no {FILE}; `hiddenlake ls` lists the captures") from error
     except OSError as error:
@@ -144,7 +147,7 @@ def _read_raw(place: Backend) -> bytes:
 def _parse(place: Backend, raw: bytes) -> Root:
     file = f"{place}/{FILE}"
     try:
-        document = json.loads(raw)
+        document = parse(raw)
     except ValueError as error:
         raise CorruptError(f"{file}: not JSON ({error}): the file is damaged; restore it from a copy") from error
     try:
@@ -176,7 +179,8 @@ def _parse(place: Backend, raw: bytes) -> Root:
             arrays["committed"]["shape"][0] // layout.samples,
             arrays[f"{TOKENS}/{EMBED}"]["shape"][0] // layout.shard_tokens if coverage.tokens else 0,
         )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        _check(root)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         raise CorruptError(f"{file}: {error!r}: the file is damaged; restore it from a copy") from error
     if root.document() != document:
         raise CorruptError(
@@ -184,6 +188,17 @@ def _parse(place: Backend, raw: bytes) -> Root:
             f"restore it from a copy"
         )
     return root
+
+
+def _check(root: Root) -> None:
+    """Raise ValueError for what no capture says of itself."""
+    for name in ("planned", "shards", "token_shards"):
+        value = getattr(root, name)
+        if type(value) is not int or not 0 <= value < 1 << 48:
+            raise ValueError(f"{name} is {value!r}: expected a number of samples or shards")
+    for name in ("identity", "provenance"):
+        if not isinstance(getattr(root, name), dict):
+            raise ValueError(f"{name} is {getattr(root, name)!r}: expected an object")
 
 
 _MISSING = object()

@@ -8,6 +8,14 @@ from crc32c import crc32c
 from hiddenlake.cache.errors import CorruptError
 
 
+def parse(raw: bytes) -> Any:
+    """JSON from a file. Raises ValueError."""
+    try:
+        return json.loads(raw)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def to_json_bytes(document: Any) -> bytes:
     return json.dumps(document, ensure_ascii=False).encode() + b"\n"
 

@@ -18,7 +18,7 @@ from hiddenlake.cache.store.opened import Committed, check_size, close_all, most
 from hiddenlake.cache.store.ranges import Part, cells_of, read_parts
 from hiddenlake.cache.store.root import Root
 from hiddenlake.cache.store.shard_file import ShardFile
-from hiddenlake.cache.store.tables import SAMPLE_COLUMNS, decode, sample_schema
+from hiddenlake.cache.store.tables import SAMPLE_COLUMNS, check_rows, decode, sample_schema
 
 if TYPE_CHECKING:
     import pyarrow
@@ -305,7 +305,11 @@ def samples_of(snapshot: Snapshot, columns: Sequence[str] = SAMPLE_COLUMNS) -> "
             continue  # given up by a writer that was taken for dead
         raw = read_checked(snapshot.place, name, commit.files[name], [shard])
         table = decode(raw, f"{snapshot.place}/{name}", columns)
-        tables.append(table.cast(schema))
+        try:
+            tables.append(table.cast(schema))
+            check_rows(table, snapshot.layout)
+        except (pa.ArrowException, ValueError) as error:
+            raise CorruptError(f"{snapshot.place}/{name}: {error}: {remedy(snapshot.place, [shard])}") from error
         slots += table["slot"].to_pylist()
         shards += [shard] * table.num_rows
     row_of = {(shard, slot): row for row, (shard, slot) in enumerate(zip(shards, slots, strict=True))}

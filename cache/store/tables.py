@@ -5,10 +5,12 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+import numpy as np
 from crc32c import crc32c
 
 from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.samples import Failure, Sample
+from hiddenlake.cache.store.layout import Layout
 
 if TYPE_CHECKING:
     import pyarrow
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
 
 # Before the crc32c of a Parquet file that no commit vouches for.
 _MARK = b"\x00hiddenlake crc32c\x00"
+# A table may take so much memory, or so many times its bytes in the file: text that is compressed, and its labels as
+# dictionaries, take 20 times as much at most.
+_MOST_BYTES, _MOST_TIMES = 64 << 20, 100
+
+# Of a file that no commit names the size of: labels of millions of samples.
+MOST_LOOSE_BYTES = 1 << 30
 
 SAMPLE_COLUMNS = (
     "key", "slot", "index", "sample_index", "group", "prompt", "answer", "answers", "correct", "exact_answer",
@@ -128,13 +136,89 @@ def decode_loose(raw: bytes, file: str) -> "pyarrow.Table":
     return table
 
 
+def _check_decoded(raw: bytes, columns: list[str] | None) -> None:
+    """Raise ValueError where a table would take too much memory, before it does: compressed pages, dictionaries and runs
+    of equal values can make any number of few bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    metadata = pq.ParquetFile(pa.BufferReader(raw)).metadata
+    least = most = 0
+    strings = set()
+    for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
+        for chunk in (group.column(number) for number in range(group.num_columns)):
+            if columns is not None and chunk.path_in_schema.split(".")[0] not in columns:
+                continue
+            least += chunk.total_uncompressed_size + 8 * chunk.num_values
+            if chunk.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
+                strings.add(chunk.path_in_schema)
+                most += chunk.total_uncompressed_size * chunk.num_values
+    found, allowed = least + most, max(_MOST_BYTES, _MOST_TIMES * len(raw))
+    if least <= allowed < found:
+        # Each distinct value is read once, and its length counted as often as it occurs.
+        names = sorted({name.split(".")[0] for name in strings})
+        table = pq.read_table(pa.BufferReader(raw), columns=names, read_dictionary=sorted(strings))
+        found = least + sum(_bytes(chunk) for column in table.columns for chunk in column.chunks)
+    if found > allowed:
+        raise ValueError(f"{len(raw)} bytes would take {found} in memory: at most {allowed} are expected")
+
+
+def _bytes(values: "pyarrow.Array") -> int:
+    """Of strings, once they are no dictionary any more."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        values = values.flatten()
+    if not pa.types.is_dictionary(values.type):
+        return values.nbytes
+    lengths = pc.binary_length(values.dictionary).fill_null(0).to_numpy(zero_copy_only=False)
+    counts = np.bincount(values.indices.drop_null().to_numpy(), minlength=len(lengths))
+    return int(counts.astype(object) @ lengths.astype(object)) if len(lengths) else 0
+
+
 def decode(raw: bytes, file: str, columns: list[str] | None = None) -> "pyarrow.Table":
     """A table from the bytes of a Parquet file. Raises CorruptError that names `file`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
+        _check_decoded(raw, columns)
         # A damaged schema field can surface as KeyError or as a failed UTF-8 decoding.
-        return pq.read_table(pa.BufferReader(raw), columns=columns, page_checksum_verification=True)
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        table = pq.read_table(pa.BufferReader(raw), columns=columns, page_checksum_verification=True)
+        if columns is not None and (lacking := set(columns) - set(table.column_names)):
+            raise ValueError(f"it has no column {', '.join(sorted(lacking))}")
+        return table
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
         raise CorruptError(f"{file}: not a readable Parquet file ({error}): restore it from a copy") from error
+
+
+def check_rows(table: "pyarrow.Table", layout: Layout) -> None:
+    """Raise ValueError for columns of samples/<shard>.parquet without which a row means nothing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for field in sample_schema():
+        if field.name not in table.column_names:
+            continue
+        column = table[field.name]
+        if not field.nullable and column.null_count:
+            raise ValueError(f"a row has no {field.name}")
+        if pa.types.is_integer(field.type) and not pa.types.is_integer(column.type):
+            raise ValueError(f"{field.name} is of type {column.type}: expected {field.type}")
+        if pa.types.is_list(field.type) and not pa.types.is_list(column.type):
+            raise ValueError(f"{field.name} is of type {column.type}: expected {field.type}")
+        if pa.types.is_list(field.type) and pc.list_flatten(column).null_count:
+            raise ValueError(f"a value of {field.name} is null")
+    if not len(table):
+        return
+    if "slot" in table.column_names:
+        found = table["slot"].to_pylist()
+        if len(set(found)) != len(found) or not 0 <= min(found) <= max(found) < layout.samples:
+            raise ValueError(
+                f"it has the slots {sorted(found)[:9]}: expected some of 0 to {layout.samples - 1}, each once"
+            )
+    if "token_index" in table.column_names:
+        found = set(pc.list_value_length(table["token_index"]).to_pylist())
+        if found != {len(layout.coverage.positions)}:
+            raise ValueError(f"rows have {sorted(found)} token indices: expected {len(layout.coverage.positions)}")

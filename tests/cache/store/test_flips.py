@@ -143,13 +143,6 @@ def test_every_bit_of_an_open_claim_is_guarded(make, tiny, tmp_path, bit):
     assert verify(path).ok
 
 
-def test_a_claim_of_the_first_writers_is_understood(make, tiny, tmp_path):
-    path = shutil.copytree(make("none"), tmp_path / "numbers")
-    (path / "claims" / "2").write_text('{"writer": "0123456789abcdef", "fencing": 3}\n')
-    tiny.write(path, 9, coverage=open_capture(path).coverage, shard_tokens=(4, 32))
-    assert next(commit for commit in open_capture(path).commits if commit.shard == 2).fencing == 4
-
-
 def test_every_bit_of_a_list_of_failures_is_guarded():
     """Its footer too, which says what the columns are: Parquet itself has checksums for pages alone."""
     raw = encode_failures([(Failure("key-0001", 3, "out of memory", 2), datetime.now(UTC))])

@@ -222,7 +222,7 @@ def test_tokens_that_a_file_does_not_have_cannot_be_read(path, layout):
     spans[0] = at, spans[0][1]
     commit_again(path, capture.commits[-1].shard, spans=tuple(spans))
     key = capture.commits[-1].keys[0]
-    with pytest.raises(CorruptError, match="lacks tokens that they hold"):
+    with pytest.raises(CorruptError, match="lacks some of its tokens"):
         open_capture(path).read_tokens("mlp_out", samples=key)
 
 

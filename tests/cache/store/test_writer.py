@@ -14,6 +14,7 @@ from hiddenlake.cache.samples import Failure
 from hiddenlake.cache.store import Coverage, attach, claims, files, open_capture
 from hiddenlake.cache.store.claims import Claims
 from hiddenlake.cache.store.local import LocalBackend, LocalBatch
+from hiddenlake.cache.store.signing import sign, to_json_bytes
 from hiddenlake.cache.store.verify import verify
 
 
@@ -305,7 +306,7 @@ def test_a_claim_of_a_dead_writer_is_taken_over_and_its_leftovers_removed(tiny, 
     path = tmp_path / "c"
     with tiny.open_tiny(path, 8) as writer:
         layout = writer.layout
-    (path / "claims" / "0").write_text('{"writer": "dead", "fencing": 4}')
+    (path / "claims" / "0").write_bytes(to_json_bytes(sign({"writer": "dead", "fencing": 4})))
     (path / "writers" / "dead.jsonl").write_text(json.dumps([tiny.key(0)]) + "\n")
     left = [
         layout.data_file("mlp_out", 0),
@@ -391,7 +392,7 @@ def test_a_lost_claim_stops_the_writer(tiny, tmp_path):
     writer = tiny.open_tiny(path, 8)
     writer.reserve([tiny.key(0)], 1)
     tiny.add(writer, 0)
-    (path / "claims" / "0").write_text('{"writer": "other", "fencing": 2}')
+    (path / "claims" / "0").write_bytes(to_json_bytes(sign({"writer": "other", "fencing": 2})))
     with pytest.raises(StoreError, match="no longer ours"):
         writer.flush()
     with pytest.raises(StoreError, match="no longer ours"):
