@@ -74,6 +74,4 @@ def combine(crcs: np.ndarray, length: int) -> np.ndarray:
 
 def row_checksums(rows: np.ndarray) -> list[int]:
     """crc32c of each row of an array (..., width) whose rows are contiguous, in C order."""
-    if rows.ndim == 2:
-        return list(map(crc32c, rows))
-    return [crc for block in rows for crc in row_checksums(block)]
+    return list(map(crc32c, rows.reshape(-1, rows.shape[-1])))

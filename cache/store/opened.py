@@ -22,7 +22,7 @@ _CACHE_BYTES = 64 << 20
 _MOST_DENSE = 1 << 15
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Committed:
     """One activation file that commits vouch for.
 
@@ -52,7 +52,7 @@ class Committed:
     def remedy(self) -> str:
         return remedy(self.place, self.shards)
 
-    @property
+    @cached_property
     def key(self) -> tuple:
         """A shard that is captured again has another commit, and its checksums tell the two apart."""
         commit = self.commits[0]
@@ -64,6 +64,7 @@ class OpenFile:
 
     offsets, lengths : (place,) where each chunk that is in the file starts, and its bytes without the checksum.
     crcs : (place,) crc32c of each as it is stored, from the commit.
+    chunks : the three of each chunk.
     """
 
     def __init__(self, committed: Committed) -> None:
@@ -83,6 +84,8 @@ class OpenFile:
             )
         ends = shape.offsets(self.lengths)
         self.offsets = ends[:-1]
+        # As Python's numbers, which are faster to take one by one.
+        self.chunks = list(zip(self.offsets.tolist(), self.lengths.tolist(), self.crcs.tolist(), strict=True))
         expected = int(ends[-1]) + shape.index_bytes
         try:
             self.file: File = committed.place.open(committed.name)
@@ -151,7 +154,7 @@ def most_open() -> int:
 
 def open_committed(committed: Committed) -> OpenFile:
     """Open a file, or find it open. Raises CorruptError where it is missing or has another size."""
-    key = (os.getpid(), *committed.key)
+    key = committed.key
     with _lock:
         found = _files.get(key)
         if found is not None:
@@ -181,10 +184,17 @@ def check_size(committed: Committed) -> None:
 def close_all(place: Backend) -> None:
     """Let go of the files of a capture that is going away."""
     with _lock:
-        for key in [key for key in _files if key[1] == str(place)]:
+        for key in [key for key in _files if key[0] == str(place)]:
             del _files[key]
 
 
+def _new_lock() -> None:
+    """In a forked child: another thread of its parent may have held it. Descriptors are as good there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
 _lock = threading.Lock()
 _files: OrderedDict[tuple, OpenFile] = OrderedDict()
 _arrays: OrderedDict[tuple, np.ndarray] = OrderedDict()

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,23 +39,28 @@ class Part:
 
     places : (cell,) of the chunks in the file.  cells : (cell,) where each goes along the result's first axis.
     slots : (n,) rows of each of the chunks.  into : (n,) their places along the result's second axis.
+    in_order : whether these are all rows of a chunk, one behind the other, in both.
     """
 
     places: np.ndarray
     cells: np.ndarray
     slots: np.ndarray
     into: np.ndarray
+    in_order: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """A chunk that is read as a whole."""
+def in_order(slots: np.ndarray, into: np.ndarray, rows: int) -> bool:
+    """See Part. rows : of a chunk."""
+    return (
+        len(slots) == rows
+        and slots[0] == 0
+        and bool((slots[1:] - slots[:-1] == 1).all() and (into[1:] - into[:-1] == 1).all())
+    )
 
-    file: OpenFile
-    part: Part
-    place: int
-    cell: int
-    straight: bool
+
+# A chunk that is read as a whole: its file, its part, its place in the file, its cell in the result, and where its bytes
+# go straight into the result, else None.
+_Chunk = tuple[OpenFile, Part, int, int, np.ndarray | None]
 
 
 def read_parts(
@@ -69,17 +74,22 @@ def read_parts(
     if not out.size:
         return
     chunks: list[_Chunk] = []
+    flat = out.reshape(out.shape[0], -1).view(np.uint8)
+    row_bytes = out.shape[-1] * out.itemsize
     for file, parts in reads:
-        whole = not file.committed.shape.fixed or (not single and _whole(file, parts, check))
+        shape = file.committed.shape
+        whole = not shape.fixed or (not single and (parts[0].in_order or _whole(file, parts, check)))
         for part in parts:
             if not whole:
                 _read_rows(file, part, out, wanted, check)
-                continue
-            straight = _straight(file.committed.shape, part, wanted)
-            chunks += [
-                _Chunk(file, part, place, cell, straight)
-                for place, cell in zip(part.places.tolist(), part.cells.tolist(), strict=True)
-            ]
+            elif part.in_order and _as_is(shape, wanted):
+                start = int(part.into[0]) * row_bytes
+                stop = start + shape.chunk_bytes
+                pairs = zip(part.places.tolist(), part.cells.tolist(), strict=True)
+                chunks += [(file, part, place, cell, flat[cell, start:stop]) for place, cell in pairs]
+            else:
+                pairs = zip(part.places.tolist(), part.cells.tolist(), strict=True)
+                chunks += [(file, part, place, cell, None) for place, cell in pairs]
     if chunks:
         _read_chunks(chunks, out, wanted, check)
 
@@ -93,21 +103,15 @@ def _whole(file: OpenFile, parts: Sequence[Part], check: bool) -> bool:
     return rows >= sum(len(part.places) for part in parts) * shape.chunk_bytes
 
 
-def _straight(shape: ShardFile, part: Part, wanted: str) -> bool:
-    """Whether a chunk's bytes are those of the result, in its order."""
-    as_is = shape.codec == "none" and (wanted == "stored" or shape.dtype == "float32")
-    slots, into = part.slots, part.into
-    return (
-        as_is
-        and len(slots) == shape.rows
-        and bool((slots == np.arange(shape.rows)).all() and (into == np.arange(into[0], into[0] + len(into))).all())
-    )
+def _as_is(shape: ShardFile, wanted: str) -> bool:
+    """Whether a row's bytes in the file are those of the result."""
+    return shape.codec == "none" and (wanted == "stored" or shape.dtype == "float32")
 
 
 def _read_chunks(chunks: list[_Chunk], out: np.ndarray, wanted: str, check: bool) -> None:
     """Those in memory first; then the others, all asked for before the first is read."""
     waiting, cold = deque(chunks), deque()
-    size = sum(int(chunk.file.lengths[chunk.place]) for chunk in chunks)
+    size = sum(file.chunks[place][1] for file, _, place, _, _ in chunks)
 
     def read_cached() -> None:
         scratch = _Scratch()
@@ -131,11 +135,11 @@ def _read_chunks(chunks: list[_Chunk], out: np.ndarray, wanted: str, check: bool
     threads = min(len(chunks), os.cpu_count() or 1) if size >= _THREADS_FROM_BYTES else 1
     _together(read_cached, threads)
     if cold:
-        order = sorted(cold, key=lambda chunk: (id(chunk.file), chunk.place))
-        for chunk in order:
-            chunk.file.file.will_need(int(chunk.file.offsets[chunk.place]), int(chunk.file.lengths[chunk.place]))
+        order = sorted(cold, key=lambda chunk: (id(chunk[0]), chunk[2]))
+        for file, _, place, _, _ in order:
+            file.file.will_need(*file.chunks[place][:2])
         cold = deque(order)
-        _together(read_cold, min(len(cold), chunks[0].file.committed.place.parallel))
+        _together(read_cold, min(len(cold), chunks[0][0].committed.place.parallel))
 
 
 def _together(work, threads: int) -> None:
@@ -171,25 +175,21 @@ class _Scratch:
 
 def _read_chunk(chunk: _Chunk, out: np.ndarray, wanted: str, check: bool, scratch: _Scratch, wait: bool) -> bool:
     """Read, check, decode and place one chunk. Returns False where it would have had to be waited for."""
-    file, part, shape = chunk.file, chunk.part, chunk.file.committed.shape
-    offset, length = int(file.offsets[chunk.place]), int(file.lengths[chunk.place])
-    if chunk.straight:
-        first = int(part.into[0])
-        data = out[chunk.cell, first : first + shape.rows].reshape(-1).view(np.uint8)
-    else:
-        data = scratch.take("data", length)
+    file, part, place, cell, straight = chunk
+    offset, length, expected = file.chunks[place]
+    data = scratch.take("data", length) if straight is None else straight
     if wait:
         read_range(file, offset, data)
     elif not _read_cached(file, offset, data):
         return False
-    if check and (found := crc32c(data)) != (expected := int(file.crcs[chunk.place])):
+    if check and (found := crc32c(data)) != expected:
         raise CorruptError(
             f"{file.committed}: the chunk at byte {offset} ({length} bytes) has crc32c {found:#010x}, but "
             f"{expected:#010x} was committed: {file.committed.remedy}"
         )
-    if chunk.straight:
+    if straight is not None:
         return True
-    rows = data
+    rows, shape = data, file.committed.shape
     if not shape.fixed:
         rows = scratch.take("rows", shape.chunk_bytes)
         try:
@@ -199,8 +199,8 @@ def _read_chunk(chunk: _Chunk, out: np.ndarray, wanted: str, check: bool, scratc
                 f"{file.committed}: the chunk at byte {offset} cannot be decompressed ({error}): {file.committed.remedy}"
             ) from error
     rows = rows.view(shape.stored).reshape(shape.rows, shape.width)
-    scale = None if file.scale is None else file.scale[chunk.place]
-    _place(rows, scale, part, shape, wanted, out[chunk.cell])
+    scale = None if file.scale is None else file.scale[place]
+    _place(rows, scale, part, shape, wanted, out[cell])
     return True
 
 
@@ -209,7 +209,11 @@ def _place(
 ) -> None:
     """Decode the wanted rows of a chunk into their places. rows : (row, width) as stored.  out : (row, width)."""
     slots, into = part.slots, part.into
-    if shape.codec == "none" and (wanted == "stored" or shape.dtype == "float32"):
+    if part.in_order:
+        first = int(into[0])
+        values(rows, scale, shape, wanted, out[first : first + shape.rows])
+        return
+    if _as_is(shape, wanted):
         out.view(shape.stored)[into] = rows[slots]
         return
     decoded = np.empty((len(slots), shape.width), out.dtype)
@@ -240,47 +244,66 @@ def _unreadable(file: OpenFile, offset: int, error: Exception) -> CorruptError:
 def _read_rows(file: OpenFile, part: Part, out: np.ndarray, wanted: str, check: bool) -> None:
     """Single rows, checked by their own checksums."""
     shape = file.committed.shape
-    rows = _gather(file, part)
+    places, slots, cells, into = map(_regular, (part.places, part.slots, part.cells, part.into))
+    regular = all(isinstance(index, slice) for index in (places, slots, cells, into))
+    placed = False
+    if file.rows is None:
+        rows = _fetch(file, part)
+    elif regular:
+        # A view of the file, so that each byte is copied once.
+        source = file.rows[places, slots]
+        placed = _as_is(shape, wanted)
+        rows = out.view(shape.stored)[cells, into] if placed else np.empty(source.shape, shape.stored)
+        _copy_rows(file, part, lambda some: source[some], rows)
+    else:
+        rows = np.empty((len(part.places), len(part.slots), shape.width), shape.stored)
+        _copy_rows(file, part, lambda some: file.rows[part.places[some, None], part.slots], rows)
+    chosen = (places, slots) if regular else (part.places[:, None], part.slots)
     if check:
-        expected = file.row_checksums[part.places[:, None], part.slots]
+        expected = file.row_checksums[chosen]
         found = np.array(row_checksums(rows), np.uint32).reshape(expected.shape)
-        wrong = np.argwhere(found != expected)
-        if len(wrong):
-            cell, row = wrong[0].tolist()
+        if (found != expected).any():
+            cell, row = np.argwhere(found != expected)[0].tolist()
             offset = int(file.offsets[part.places[cell]]) + int(part.slots[row]) * shape.row_bytes
             raise CorruptError(
                 f"{file.committed}: the row at byte {offset} ({shape.row_bytes} bytes) has crc32c "
                 f"{int(found[cell, row]):#010x}, but {int(expected[cell, row]):#010x} was stored: {file.committed.remedy}"
             )
-    cells = np.ix_(part.cells, part.into)
-    scale = None if file.scale is None else file.scale[part.places[:, None], part.slots]
-    if shape.codec == "none" and (wanted == "stored" or shape.dtype == "float32"):
-        out.view(shape.stored)[cells] = rows
+    if placed:
+        return
+    where = (cells, into) if regular else np.ix_(part.cells, part.into)
+    if _as_is(shape, wanted):
+        out.view(shape.stored)[where] = rows
         return
     decoded = np.empty(rows.shape, out.dtype)
-    values(rows, scale, shape, wanted, decoded)
-    out[cells] = decoded
+    values(rows, None if file.scale is None else file.scale[chosen], shape, wanted, decoded)
+    out[where] = decoded
 
 
-def _gather(file: OpenFile, part: Part) -> np.ndarray:
-    """(cell, n, width) as stored."""
-    if file.rows is None:
-        return _fetch(file, part)
-    places, slots = part.places[:, None], part.slots
-    first = max(1, _PROBE_ROWS // len(slots))
-    if len(places) <= first:
-        return file.rows[places, slots]
-    # Where the first rows come from a disk, it is told of the others before they are waited for one by one.
+def _regular(index: np.ndarray) -> slice | np.ndarray:
+    """An index as a slice, where it is one."""
+    if len(index) == 1:
+        return slice(int(index[0]), int(index[0]) + 1)
+    steps = index[1:] - index[:-1]
+    if len(index) and steps[0] > 0 and bool((steps == steps[0]).all()):
+        return slice(int(index[0]), int(index[-1]) + 1, int(steps[0]))
+    return index
+
+
+def _copy_rows(file: OpenFile, part: Part, source: Callable[[slice], np.ndarray], out: np.ndarray) -> None:
+    """Copy rows out of mapped memory. source : some of the cells -> their rows.  out : (cell, n, width) as stored.
+
+    Where the first of them come from a disk, it is told of the others before they are waited for one by one.
+    """
+    first = max(1, _PROBE_ROWS // len(part.slots))
     start = time.perf_counter()
-    head = file.rows[places[:first], slots]
-    if time.perf_counter() - start < _COLD_SECONDS * head[..., 0].size:
-        rows = np.empty((len(places), len(slots), file.rows.shape[-1]), file.rows.dtype)
-        rows[:first] = head
-        rows[first:] = file.rows[places[first:], slots]
-        return rows
-    for offset, length in _ranges(file, part):
-        file.file.will_need(offset, length)
-    return file.rows[places, slots]
+    out[:first] = source(slice(0, first))
+    if len(out) <= first:
+        return
+    if time.perf_counter() - start > _COLD_SECONDS * first * len(part.slots):
+        for offset, length in _ranges(file, part):
+            file.file.will_need(offset, length)
+    out[first:] = source(slice(first, None))
 
 
 def _ranges(file: OpenFile, part: Part) -> list[tuple[int, int]]:
@@ -295,7 +318,7 @@ def _ranges(file: OpenFile, part: Part) -> list[tuple[int, int]]:
 
 
 def _fetch(file: OpenFile, part: Part) -> np.ndarray:
-    """The same as `_gather`, by positioned reads in parallel: where files cannot be mapped."""
+    """(cell, n, width) as stored, by positioned reads in parallel: where files cannot be mapped."""
     shape = file.committed.shape
     distinct, back = np.unique(part.slots, return_inverse=True)
     rows = np.empty((len(part.places), len(distinct), shape.width), shape.stored)

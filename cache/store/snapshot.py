@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +15,7 @@ from hiddenlake.cache.store.codecs import result_dtype
 from hiddenlake.cache.store.commits import Commit, read_checked, remedy
 from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.opened import Committed, check_size, close_all, most_open, open_committed
-from hiddenlake.cache.store.ranges import Part, cells_of, read_parts
+from hiddenlake.cache.store.ranges import Part, cells_of, in_order, read_parts
 from hiddenlake.cache.store.root import Root
 from hiddenlake.cache.store.shard_file import ShardFile
 from hiddenlake.cache.store.tables import SAMPLE_COLUMNS, check_rows, decode, sample_schema
@@ -102,27 +102,38 @@ class Snapshot:
         return {shard: tuple(commits) for shard, commits in found.items()}
 
     @cached_property
-    def _every(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """shard -> (slots, rows in task order) of all samples."""
-        order = np.argsort(self.shard, kind="stable")
-        edges = np.flatnonzero(np.diff(self.shard[order], prepend=-1))
-        groups = np.split(order, edges[1:]) if len(order) else []
-        return {int(self.shard[rows[0]]): (self.slot[rows], rows) for rows in groups}
+    def _every(self) -> list[tuple[int, np.ndarray, np.ndarray, bool]]:
+        """See `_by_shard`: of all samples."""
+        return list(self._group(np.arange(len(self.keys))))
 
-    def _by_shard(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(shard, slots, places in the result) of samples."""
+    def _by_shard(self, rows: np.ndarray) -> Iterable[tuple[int, np.ndarray, np.ndarray, bool]]:
+        """(shard, slots, places in the result, whether these are all slots in their order) of samples."""
         if len(rows) == 1:
-            yield int(self.shard[rows[0]]), self.slot[rows], _FIRST
-            return
-        if 0 < len(rows) == len(self.keys) and rows[0] == 0 and bool((np.diff(rows) == 1).all()):
-            for shard, (slots, into) in self._every.items():
-                yield shard, slots, into
-            return
+            return [(int(self.shard[rows[0]]), self.slot[rows], _FIRST, self.layout.samples == 1)]
+        if 0 < len(rows) == len(self.keys) and rows[0] == 0 and bool((rows[1:] > rows[:-1]).all()):
+            return self._every
+        return self._group(rows)
+
+    def _group(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray, bool]]:
         shards = self.shard[rows]
         order = np.argsort(shards, kind="stable")
         edges = np.flatnonzero(np.diff(shards[order], prepend=-1))
         for into in np.split(order, edges[1:]) if len(order) else ():
-            yield int(shards[into[0]]), self.slot[rows[into]], into
+            slots = self.slot[rows[into]]
+            yield int(shards[into[0]]), slots, into, in_order(slots, into, self.layout.samples)
+
+    def _cell_file(self, site: str, shard: int) -> Committed:
+        found = self._cell_files.get((site, shard))
+        if found is None:
+            layout = self.layout
+            names = layout.data_file(site, shard), layout.row_crc_file(site, shard), layout.scale_file(site, shard)
+            found = Committed(self.place, *names, layout.files[site], (self.commits[shard],))
+            self._cell_files[site, shard] = found
+        return found
+
+    @cached_property
+    def _cell_files(self) -> dict[tuple[str, int], Committed]:
+        return {}
 
     def read_cells(
         self,
@@ -150,16 +161,13 @@ class Snapshot:
     def _cell_reads(
         self, site: str, outer: Sequence[np.ndarray], rows: np.ndarray
     ) -> list[tuple[Committed, list[Part]]]:
-        layout = self.layout
-        file = layout.files[site]
-        numbers = cells_of(outer, file.outer)
-        reads = []
-        for shard, slots, into in self._by_shard(rows):
-            names = layout.data_file(site, shard), layout.row_crc_file(site, shard), layout.scale_file(site, shard)
-            committed = Committed(self.place, *names, file, (self.commits[shard],))
-            # Sample shards hold all their chunks: a chunk's number is its place.
-            reads.append((committed, [Part(numbers, np.arange(len(numbers)), slots, into)]))
-        return reads
+        # Sample shards hold all their chunks: a chunk's number is its place.
+        places = cells_of(outer, self.layout.files[site].outer)
+        cells = np.arange(len(places))
+        return [
+            (self._cell_file(site, shard), [Part(places, cells, slots, into, whole)])
+            for shard, slots, into, whole in self._by_shard(rows)
+        ]
 
     def read_tokens(
         self,
@@ -196,7 +204,8 @@ class Snapshot:
             chunks = files[shard].shape.place[layers * full.outer[-1] + column]
             if (chunks < 0).any():
                 raise self._disagree(files[shard])
-            part = Part(chunks, np.arange(len(layers)), slots[start:stop], order[start:stop])
+            some, into = slots[start:stop], order[start:stop]
+            part = Part(chunks, np.arange(len(layers)), some, into, in_order(some, into, layout.chunk_tokens))
             parts.setdefault(shard, []).append(part)
         reads = [(files[shard], found) for shard, found in parts.items()]
         return self._read(reads, [np.asarray(axis) for axis in outer], len(rows), full, dtype, check, out, single)

@@ -73,7 +73,7 @@ def test_selecting_reads_only_what_is_asked_for(path, monkeypatch):
     monkeypatch.setattr(
         ranges,
         "_read_chunk",
-        lambda chunk, *a, **k: (wanted.append(chunk.file.committed.name), read(chunk, *a, **k))[1],
+        lambda chunk, *a, **k: (wanted.append(chunk[0].committed.name), read(chunk, *a, **k))[1],
     )
     data = open_capture(path).dataset()
     cell = data["mlp_out"].sel(layer=2, position="-1")
