@@ -1,7 +1,7 @@
 """Commits: what shard k holds, with checksums. They alone decide what exists."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from crc32c import crc32c
 from hiddenlake.cache.errors import CorruptError, StoreError
 from hiddenlake.cache.store.backend import Backend
 from hiddenlake.cache.store.files import trouble
+from hiddenlake.cache.store.parallel import each
 from hiddenlake.cache.store.signing import check_signed, parse, sign, to_json_bytes
 
 # The checksums of a million chunks, of several sites.
@@ -190,6 +191,12 @@ def read_commit(place: Backend, shard: int) -> Commit:
     if commit.shard != shard:
         raise CorruptError(f"{file}: it is the commit of shard {commit.shard}: {remedy(place, [shard])}")
     return commit
+
+
+def read_commits(place: Backend, shards: Iterable[int]) -> dict[int, Commit]:
+    """Several commits, by shard, in their order. Raises what `read_commit` does."""
+    shards = sorted(shards)
+    return dict(zip(shards, each(place, lambda shard: read_commit(place, shard), shards), strict=True))
 
 
 def valid(commits: Mapping[int, Commit]) -> dict[int, Commit]:

@@ -18,7 +18,7 @@ from hiddenlake.cache.store.backend import Backend, Batch
 from hiddenlake.cache.store.claims import Claims, sample_claim, token_claim
 from hiddenlake.cache.store.codecs import Encoding
 from hiddenlake.cache.store.commit_rules import check_commits
-from hiddenlake.cache.store.commits import Commit, FileRecord, Loss, Record, list_commits, read_commit
+from hiddenlake.cache.store.commits import Commit, FileRecord, Loss, Record, list_commits, read_commits
 from hiddenlake.cache.store.derived import derived_chunks
 from hiddenlake.cache.store.layout import TOKENS, Layout, encode_numbers
 from hiddenlake.cache.store.shard import Shard, ShardBuffer, TokenBuffer, TokenShard
@@ -87,7 +87,7 @@ class Publisher:
 
     def refresh(self) -> None:
         """Read the commits that are new."""
-        new = {shard: read_commit(self.place, shard) for shard in list_commits(self.place) - self.commits.keys()}
+        new = read_commits(self.place, list_commits(self.place) - self.commits.keys())
         check_commits(self.place, self.layout, new.values())
         for shard, commit in new.items():
             self.token_shards.update(commit.token_shards)

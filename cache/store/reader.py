@@ -11,7 +11,7 @@ from hiddenlake.cache.errors import CorruptError, UnknownNameError
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.commit_rules import check_commits
-from hiddenlake.cache.store.commits import Commit, Loss, list_commits, read_commit, valid
+from hiddenlake.cache.store.commits import Commit, Loss, list_commits, read_commits, valid
 from hiddenlake.cache.store.coverage import EMBED, Coverage
 from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.root import read_root
@@ -76,7 +76,8 @@ class Capture:
         known = self.snapshot.commits
         numbers = list_commits(self.place)
         # One that was replaced is not remembered, and read again: there are few.
-        commits = valid({k: known[k] if k in known else read_commit(self.place, k) for k in sorted(numbers)})
+        new = read_commits(self.place, numbers - known.keys())
+        commits = valid({k: known[k] if k in known else new[k] for k in sorted(numbers)})
         check_commits(self.place, self.snapshot.layout, commits.values())
         # The fields are replaced together, so that a thread that reads meanwhile sees one moment.
         self.snapshot = replace(self.snapshot, commits=commits)

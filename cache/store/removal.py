@@ -9,7 +9,7 @@ from hiddenlake.cache.errors import StoreError
 from hiddenlake.cache.store import claims as _claims
 from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.catalog import captures_of
-from hiddenlake.cache.store.commits import Commit, commit_file, list_commits, read_commit, valid
+from hiddenlake.cache.store.commits import Commit, commit_file, list_commits, read_commits, valid
 from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.local import LocalBackend, left_folders
 from hiddenlake.cache.store.opened import close_all
@@ -75,7 +75,7 @@ def _collect(place: Backend, dry: bool) -> list[Leftover]:
     claims = _claims.enter(place, root.layout)
     try:
         with claims.lock():
-            commits = {shard: read_commit(place, shard) for shard in list_commits(place)}
+            commits = read_commits(place, list_commits(place))
             counting = valid(commits)
             for shard in sorted(commits.keys() - counting.keys()):
                 drop_commit(root.layout, commits[shard], list(counting.values()), remove)

@@ -13,7 +13,15 @@ from hiddenlake.cache.store import claims as _claims
 from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.checksums import row_checksums
 from hiddenlake.cache.store.codecs import decompress
-from hiddenlake.cache.store.commits import Commit, FileRecord, commit_file, list_commits, read_commit, valid
+from hiddenlake.cache.store.commits import (
+    Commit,
+    FileRecord,
+    commit_file,
+    list_commits,
+    read_commit,
+    read_commits,
+    valid,
+)
 from hiddenlake.cache.store.copying import copy_samples
 from hiddenlake.cache.store.derived import rebuild
 from hiddenlake.cache.store.layout import Layout, encode_numbers
@@ -215,7 +223,7 @@ def _save(place: Backend, root: Root, shard: int, buffer_bytes: int, done: Repai
     claims = _claims.enter(place, root.layout)
     try:
         with claims.lock():
-            every = {number: read_commit(place, number) for number in list_commits(place)}
+            every = read_commits(place, list_commits(place))
             others = [other for number, other in valid(every).items() if number != shard]
             drop_commit(root.layout, commit, others, place.remove)
     finally:
@@ -243,7 +251,7 @@ def _finish(place: Backend, root: Root, done: Repaired) -> None:
     claims = _claims.enter(place, root.layout)
     try:
         with claims.lock():
-            commits = valid({shard: read_commit(place, shard) for shard in list_commits(place)})
+            commits = valid(read_commits(place, list_commits(place)))
             claims.sweep({shard for commit in commits.values() for shard in commit.token_shards})
             done.rebuilt += rebuild(place, read_root(place), list(commits.values()))
     finally:

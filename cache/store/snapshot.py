@@ -15,6 +15,7 @@ from hiddenlake.cache.store.codecs import result_dtype
 from hiddenlake.cache.store.commits import Commit, read_checked, remedy
 from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.opened import Committed, check_size, close_all, most_open, open_committed
+from hiddenlake.cache.store.parallel import each
 from hiddenlake.cache.store.ranges import Part, cells_of, in_order, read_parts
 from hiddenlake.cache.store.root import Root
 from hiddenlake.cache.store.shard_file import ShardFile
@@ -308,11 +309,16 @@ def samples_of(snapshot: Snapshot, columns: Sequence[str] = SAMPLE_COLUMNS) -> "
     # In captures that were made when nothing could be neither right nor wrong, `correct` is never null.
     schema = pa.schema([sample_schema().field(name) for name in columns])
     tables, slots, shards = [schema.empty_table()], [], []
-    for shard, commit in snapshot.commits.items():
-        name = snapshot.layout.samples_file(shard)
-        if not commit.files:
-            continue  # given up by a writer that was taken for dead
-        raw = read_checked(snapshot.place, name, commit.files[name], [shard])
+    # A commit without files was given up by a writer that was taken for dead.
+    commits = [commit for commit in snapshot.commits.values() if commit.files]
+    names = [snapshot.layout.samples_file(commit.shard) for commit in commits]
+
+    def read(number: int) -> bytes:
+        commit, name = commits[number], names[number]
+        return read_checked(snapshot.place, name, commit.files[name], [commit.shard])
+
+    for commit, name, raw in zip(commits, names, each(snapshot.place, read, range(len(commits))), strict=True):
+        shard = commit.shard
         table = decode(raw, f"{snapshot.place}/{name}", columns)
         try:
             tables.append(table.cast(schema))
