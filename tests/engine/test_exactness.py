@@ -48,7 +48,7 @@ def test_every_cell_equals_hugging_face(capture, reference):
                 else:
                     worst[site] = max(worst[site], relative_error(found, expected[site][..., token, :]).max())
                     cells += 1
-    print(f"\n{capture.path.name}: worst relative L2 error by site {worst} over {cells} site cells x 30 layers")
+    print(f"\n{capture.place.name}: worst relative L2 error by site {worst} over {cells} site cells x 30 layers")
     assert max(worst.values()) <= 1e-4
 
 
