@@ -14,6 +14,7 @@ from hiddenlake.cache.errors import CaptureError, StoreError
 from hiddenlake.cache.positions import Tokens
 from hiddenlake.cache.store import attach, open_capture
 from hiddenlake.cache.store.local import LocalBatch
+from hiddenlake.cache.store.signing import sign, to_json_bytes
 from hiddenlake.cache.store.verify import verify
 
 T, K = 4, 16
@@ -337,7 +338,7 @@ def test_token_shards_of_the_dead_are_taken_over_and_those_of_the_living_left_al
     path = tmp_path / "c"
     tiny.write(path, 3, coverage=coverage)  # 15 tokens: token shard 0
     layout = open_capture(path).snapshot.layout
-    (path / "claims" / "tokens.1").write_text('{"writer": "dead", "fencing": 4}')
+    (path / "claims" / "tokens.1").write_bytes(to_json_bytes(sign({"writer": "dead", "fencing": 4})))
     dead = [*layout.token_files_of(1), "tokens/embed/.c.1.0.aaaa.partial", "tokens/.zarr.json.aaaa.partial"]
     for name in dead:
         (path / name).write_bytes(b"half")
@@ -365,7 +366,7 @@ def test_a_lost_claim_stops_the_writer(tiny, tmp_path, coverage, claim):
     path = tmp_path / "c"
     writer = tiny.open_tiny(path, 8, coverage=coverage)
     finish(tiny, writer, begin(tiny, writer, 0))
-    (path / claim).write_text('{"writer": "other", "fencing": 2}')
+    (path / claim).write_bytes(to_json_bytes(sign({"writer": "other", "fencing": 2})))
     with pytest.raises(StoreError, match=f"{claim} is no longer ours"):
         writer.flush()
     with pytest.raises(StoreError, match="no longer ours"):
@@ -382,7 +383,7 @@ def test_a_token_claim_that_is_lost_between_writing_and_committing_stops_the_wri
     finish(tiny, writer, begin(tiny, writer, LONG))
     while not (path / "row_crc" / "tokens" / "resid_post" / "c.0.1").exists():
         time.sleep(0.01)
-    (path / "claims" / "tokens.1").write_text('{"writer": "other", "fencing": 2}')
+    (path / "claims" / "tokens.1").write_bytes(to_json_bytes(sign({"writer": "other", "fencing": 2})))
     with pytest.raises(StoreError, match=r"claims/tokens\.1 is no longer ours"):
         writer.flush()
     writer.close()
