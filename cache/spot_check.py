@@ -18,6 +18,7 @@ from hiddenlake.cache.rows import Block, TapTable
 from hiddenlake.cache.spans import find_window
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.cache.store.signing import to_json_bytes
+from hiddenlake.cache.store.verify import SPOT_CHECK
 
 # Largest relative L2 error of any row, and the largest median over rows. Float32 rounding was measured at 3e-5.
 # In bfloat16, Hugging Face itself differs from float32 by up to 0.23 at tokens with massive activations, and by
@@ -103,7 +104,7 @@ def spot_check(capture: Capture, model: str | os.PathLike[str], samples: int, se
         worst = _ROUTED_WORST
     result = SpotCheck(len(chosen), every.size, float(every.max()), float(np.median(every)), worst, median)
     with suppress(StoreError):
-        capture.place.write("spot_check.json", to_json_bytes(result.to_json()))
+        capture.place.write(SPOT_CHECK, to_json_bytes(result.to_json()))
     return result
 
 

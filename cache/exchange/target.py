@@ -8,7 +8,6 @@ import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from hiddenlake.cache.errors import StoreError
+from hiddenlake.cache.store.files import fsync_folder, in_use, remove_tree
 
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
@@ -160,10 +160,10 @@ def building(path: Path, facts: dict[str, Any]) -> Iterator[Target]:
         with _storing(path):
             os.unlink(folder / _LOCK)
             for made in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
-                _fsync(made)
+                fsync_folder(made)
             check_absent(path)
             os.rename(folder, path)
-            _fsync(path.parent)
+            fsync_folder(path.parent)
     except BaseException:
         target.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -173,31 +173,8 @@ def building(path: Path, facts: dict[str, Any]) -> Iterator[Target]:
             os.close(lock)
 
 
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sweep(path: Path) -> None:
     """Remove what processes left that died while they built `path`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{_SUFFIX}"):
-        with suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > _YOUNG_SECONDS and not _is_locked(left / _LOCK):
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_locked(file: Path) -> bool:
-    try:
-        descriptor = os.open(file, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+        if not in_use(left, _LOCK):
+            remove_tree(left)

@@ -7,12 +7,12 @@ from hiddenlake.cache.errors import BadInputError, StoreError
 from hiddenlake.cache.store import files
 from hiddenlake.cache.store.backend import Backend
 from hiddenlake.cache.store.commits import list_commits
-from hiddenlake.cache.store.copying import Plan, Progress, choose_rows, copy, local_folder, plan_select
+from hiddenlake.cache.store.copying import Plan, Progress, choose_rows, copy, plan_select
 from hiddenlake.cache.store.local import LocalBackend
 from hiddenlake.cache.store.opened import close_all
 from hiddenlake.cache.store.reader import open_capture
 from hiddenlake.cache.store.removal import living_writers
-from hiddenlake.cache.store.verify import verify
+from hiddenlake.cache.store.verify import SPOT_CHECK, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,14 @@ class Compacted:
 
 
 def plan_compact(path: "str | Path | Backend") -> Plan:
-    """What compacting a capture will write."""
-    return plan_select(open_capture(path))
+    """What compacting a capture will write. Raises BadInputError for one that is stored with a loss."""
+    capture = open_capture(path)
+    if capture.codec == "fp8":
+        raise BadInputError(
+            f"{path} is stored as fp8, and would lose a second time: `hiddenlake select {path} OUT --codec none` copies what "
+            f"is there"
+        )
+    return plan_select(capture)
 
 
 def compact(
@@ -46,9 +52,9 @@ def compact(
     BadInputError where there is nothing to gain.
     """
     capture = open_capture(path)
-    folder = local_folder(capture.place, "compacted")
+    folder = _local_folder(capture.place)
     before = len(capture.commits), capture.nbytes
-    plan = plan_select(capture)
+    plan = plan_compact(capture.place)
     rows = shard_samples or choose_rows(plan)
     needed = -(-len(capture) // min(rows, max(1, len(capture))))
     if before[0] <= needed and capture.shard_samples >= min(rows, len(capture)):
@@ -59,9 +65,8 @@ def compact(
     there = list_commits(capture.place)
     other = LocalBackend(folder.with_name(f".{folder.name}.compacting"))
     copy(plan, other, shard_samples=rows, buffer_bytes=buffer_bytes, progress=progress)
-    for name in ("spot_check.json",):
-        if name in capture.place.list_files(""):
-            other.write(name, capture.place.read(name))
+    if SPOT_CHECK in capture.place.list_files(""):
+        other.write(SPOT_CHECK, capture.place.read(SPOT_CHECK))
     report = verify(other)
     if not report.ok:
         raise StoreError(f"{other}: {report.problems[0]}: the copy is damaged, and {path} is as it was; check the disk")
@@ -73,6 +78,15 @@ def compact(
     files.delete_folder(other.path)
     after = open_capture(path)
     return Compacted(len(after), (before[0], len(after.commits)), (before[1], after.nbytes))
+
+
+def _local_folder(place: Backend) -> Path:
+    if isinstance(place, LocalBackend):
+        return place.path
+    raise StoreError(
+        f"{place} is not a local folder, and cannot be compacted in its place: `hiddenlake select {place} OUT` writes full "
+        f"shards into another capture"
+    )
 
 
 def _check_quiet(place: Backend) -> None:

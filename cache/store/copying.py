@@ -6,7 +6,6 @@ Selecting, merging and compacting are this. A copy that was interrupted goes on 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -283,10 +282,3 @@ def _sample(record: dict[str, Any], columns: Sequence[int]) -> Sample:
         fields[name] = tuple(fields[name])
     fields["token_index"] = tuple(record["token_index"][column] for column in columns)
     return Sample(**fields)
-
-
-def local_folder(place: Backend, what: str) -> Path:
-    """The folder of a capture on a local disk. Raises StoreError for any other."""
-    if isinstance(place, LocalBackend):
-        return place.path
-    raise StoreError(f"{place} is not a local folder, and cannot be {what} in place: name another capture with --out")

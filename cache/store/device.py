@@ -5,6 +5,8 @@ with memory that is not pinned.
 """
 
 import math
+import threading
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
 
 # shape, dtype -> memory that a read fills
 Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+
+
+# Copies that were started, oldest first: what tells that one is done, and the memory that it reads.
+_copying: "deque[tuple[torch.cuda.Event, torch.Tensor]]" = deque()
+_lock = threading.Lock()
 
 
 class Staging:
@@ -70,8 +77,13 @@ class Staging:
         with torch.cuda.stream(self._stream):
             sent = host.to(self.device, non_blocking=True)
         current.wait_stream(self._stream)
-        # Both know that the other uses it, so that neither gives the memory away too early.
+        # The tensor's memory is not given away while `current` uses it, nor the host's while it is copied from: torch
+        # knows pinned memory by where it begins, and `values` may be a part of it.
         sent.record_stream(current)
+        with _lock:
+            _copying.append((self._stream.record_event(), host))
+            while _copying and _copying[0][0].query():
+                _copying.popleft()
         return sent if kind is None else sent.view(kind)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.store.local import LocalBackend
 from hiddenlake.cache.store.opened import Committed
 from hiddenlake.cache.store.ranges import Part
@@ -37,7 +38,7 @@ def can_read(reads: Sequence[tuple[Committed, Sequence[Part]]]) -> bool:
 
 
 def read(reads: Sequence[tuple[Committed, Sequence[Part]]], out: "torch.Tensor", open_file=None) -> None:
-    """Fill out (cell, row, width) on a device, unchecked.
+    """Fill out (cell, row, width) on a device, unchecked. Raises CorruptError where a file ends too early.
 
     open_file : opens a path for `pread(buffer, size, file_offset)` futures; kvikio.CuFile where it is not given.
     """
@@ -59,7 +60,9 @@ def read(reads: Sequence[tuple[Committed, Sequence[Part]]], out: "torch.Tensor",
                 ]
                 for future in waiting:
                     if (got := future.get()) != shape.chunk_bytes:
-                        raise OSError(f"{committed}: {got} of {shape.chunk_bytes} bytes came")
+                        raise CorruptError(
+                            f"{committed}: {got} of {shape.chunk_bytes} bytes of a chunk came: {committed.remedy}"
+                        )
                 rows = page.view(out.dtype).reshape(len(part.places), shape.rows, shape.width)
                 for i, cell in enumerate(part.cells.tolist()):
                     out[cell, into] = rows[i]

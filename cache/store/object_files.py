@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 
+# Of a file that is on its way: what one part of a multipart put holds.
+_PIECE_BYTES = 8 << 20
+
+
 def line_of(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
@@ -75,6 +79,14 @@ class ObjectFile:
         """Nothing is held."""
 
 
+def _pieces(parts: Iterable) -> Iterator[bytes]:
+    """A shard's buffer is one part: copied whole, it would take its memory twice."""
+    for part in parts:
+        data = memoryview(part).cast("B")
+        for start in range(0, data.nbytes, _PIECE_BYTES):
+            yield bytes(data[start : start + _PIECE_BYTES])
+
+
 class ObjectBatch:
     """See Batch. An object is durable once it is put; without a commit it is nothing."""
 
@@ -84,7 +96,7 @@ class ObjectBatch:
 
     def add(self, name: str, parts: Iterable, size: int | None = None) -> None:
         self._names.append(name)
-        self._put(name, (bytes(memoryview(part).cast("B")) for part in parts))
+        self._put(name, _pieces(parts))
 
     def publish(self) -> None:
         self._names.clear()

@@ -78,7 +78,7 @@ def read_parts(
     row_bytes = out.shape[-1] * out.itemsize
     for file, parts in reads:
         shape = file.committed.shape
-        whole = not shape.fixed or (not single and (parts[0].in_order or _whole(file, parts, check)))
+        whole = not shape.fixed or (not single and (all(part.in_order for part in parts) or _whole(file, parts, check)))
         for part in parts:
             if not whole:
                 _read_rows(file, part, out, wanted, check)

@@ -40,7 +40,8 @@ def remove_capture(path: "str | Path | Backend") -> None:
     with place.lock():
         if writers := living_writers(place):
             raise StoreError(f"{place} is being written by {len(writers)} processes: stop them first")
-    place.delete()
+        # Under the lock, so that nobody begins to write meanwhile.
+        place.delete()
     close_all(place)
 
 

@@ -23,6 +23,7 @@ from hiddenlake.cache.store.commits import (
     valid,
 )
 from hiddenlake.cache.store.copying import copy_samples
+from hiddenlake.cache.store.coverage import DTYPES
 from hiddenlake.cache.store.derived import rebuild
 from hiddenlake.cache.store.layout import Layout, encode_numbers
 from hiddenlake.cache.store.opened import Committed, OpenFile, close_all
@@ -44,7 +45,8 @@ class Repaired:
 
     rebuilt : files that were made again, bit for bit.
     moved : samples of damaged shards that were intact, and were written again elsewhere.
-    lost : keys of samples that were given up; the same capture command captures them again.
+    lost : keys of samples that were given up, and shards whose commits were, which do not say any more what they held;
+        the same capture command captures them again.
     """
 
     rebuilt: list[str] = field(default_factory=list)
@@ -84,7 +86,8 @@ def repair(path: "str | Path | Backend", progress: Progress | None = None, buffe
     finally:
         claims.leave()
     close_all(place)
-    for shard in damaged:
+    # First those of which nothing can be saved: whoever writes reads the tables of all shards that are left.
+    for shard in sorted(damaged, key=lambda shard: _samples_intact(place, root.layout, commits[shard])):
         _save(place, root, shard, buffer_bytes, done)
     _finish(place, root, done)
     return done
@@ -133,7 +136,9 @@ def _mend(place: Backend, committed: Committed, done: Repaired) -> bool:
     except CorruptError:
         return False
     shape = committed.shape
-    checksums = np.zeros((len(shape.place), shape.rows), np.uint32)
+    # Rows of chunks that are not in the file have checksums too: of NaN, with which they are filled.
+    bits, _, nan = DTYPES[shape.dtype]
+    checksums = np.full((len(shape.place), shape.rows), crc32c(np.full(shape.width, nan, bits)), np.uint32)
     intact = same = True
     for place_, number in enumerate(shape.present.tolist()):
         offset, length = int(file.offsets[place_]), int(file.lengths[place_])
@@ -190,7 +195,6 @@ def _mend_array(place: Backend, committed: Committed, name: str, values: np.ndar
         pass
     again = encode_numbers(values.astype("<u4"))
     if FileRecord.of(again) != record:
-        # Rows of chunks that are not in the file have checksums too, of what fills them.
         return False
     place.write(name, again)
     done.rebuilt.append(name)

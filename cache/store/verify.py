@@ -30,6 +30,7 @@ from hiddenlake.cache.store.signing import check_signed, parse, sign, to_json_by
 from hiddenlake.cache.store.tables import MOST_LOOSE_BYTES, check_rows, decode, decode_loose, sample_schema
 
 RESULT = "verify.json"
+SPOT_CHECK = "spot_check.json"
 
 # Of a result, which lists all damage.
 _MOST_BYTES = 16 << 20

@@ -311,6 +311,48 @@ def test_samples_that_are_damaged_beyond_repair_are_named_and_captured_again(tin
     assert_holds(path, complete=SAMPLES)
 
 
+@KINDS
+def test_several_shards_may_be_damaged_in_other_ways(tiny, make, tmp_path, assert_holds, kind):
+    """One lost its table of samples, so that all of it is lost; another a row, behind which the first must not stand."""
+    capture = make(kind)
+    path, layout, snapshot = tmp_path / "c", capture.snapshot.layout, capture.snapshot
+    flip(path / "samples" / "5.parquet", 60)
+    if kind == "tokens":
+        row = next(row for row in range(SAMPLES) if snapshot.token_length[row] and snapshot.shard[row] == 0)
+        shard, at = divmod(int(snapshot.token_start[row]), layout.shard_tokens)
+        file, (chunk, slot) = layout.token_files["embed"], divmod(at, layout.chunk_tokens)
+        flip(path / layout.token_data_file("embed", shard), chunk * file.pitch + slot * file.row_bytes)
+    else:
+        row = int(np.flatnonzero(snapshot.shard == 0)[0])
+        file = layout.files["mlp_out"]
+        flip(path / layout.data_file("mlp_out", 0), file.pitch + int(snapshot.slot[row]) * file.row_bytes)
+    gone = {key for commit in capture.commits if commit.shard == 5 for key in commit.keys if key}
+    done = repair(path)
+    assert set(done.lost) == gone | {capture.keys[row]} and done.moved
+    assert set(assert_holds(path).keys) == set(capture.keys) - set(done.lost)
+    assert verify(path).ok
+    tiny.write(path, SAMPLES, coverage=capture.coverage)
+    assert_holds(path, complete=SAMPLES)
+
+
+def test_row_checksums_of_a_token_shard_that_is_not_full_are_made_again(make, tmp_path):
+    capture = make("both", samples=10)
+    path, layout = tmp_path / "c", capture.snapshot.layout
+    shard, columns = max((shard, n) for commit in capture.commits for shard, n in commit.token_shards.items())
+    assert columns < layout.shard_tokens // layout.chunk_tokens, "the last shard is full"
+    name = layout.token_row_crc_file("mlp_out", shard)
+    before = (path / name).read_bytes()
+    flip(path / name, 9)
+    assert repair(path).rebuilt == [name] and (path / name).read_bytes() == before
+    assert verify(path).ok
+
+
+def test_a_capture_with_a_loss_is_not_compacted(make, tmp_path):
+    make(name="f", codec="fp8")
+    with pytest.raises(BadInputError, match="would lose a second time: `hiddenlake select"):
+        compact(tmp_path / "f", shard_samples=16)
+
+
 def test_repair_of_a_healthy_capture_changes_nothing(make, tmp_path):
     make("both")
     before = {file: file.read_bytes() for file in (tmp_path / "c").rglob("*") if file.is_file()}
