@@ -16,7 +16,8 @@ from typing import Any, Self
 import numpy as np
 
 from hiddenlake.cache.errors import StoreError
-from hiddenlake.cache.store.files import fsync_folder, in_use, remove_tree
+from hiddenlake.cache.store.files import fsync_folder, remove_tree
+from hiddenlake.cache.store.locks import in_use
 
 MANIFEST = "manifest.json"
 _LOCK = ".lock"

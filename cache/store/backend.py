@@ -127,8 +127,8 @@ class Backend(Protocol):
 
     def batch(self) -> Batch: ...
 
-    def make(self, files: dict[str, bytes], folders: Sequence[str]) -> bool:
-        """Make the capture, if nothing is there; `zarr.json` of `files` makes it one. Returns whether this call did."""
+    def make(self, contents: dict[str, bytes], folders: Sequence[str]) -> bool:
+        """Make the capture, if nothing is there; `zarr.json` of `contents` makes it one. Returns whether this call did."""
 
     def delete(self) -> None:
         """Remove the capture: first what makes it one, then the rest."""

@@ -7,18 +7,13 @@ and never fsynced a second time.
 
 import ctypes
 import errno
-import fcntl
-import glob
 import os
 import secrets
 import shutil
 import stat
-import time
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -33,8 +28,6 @@ _REMEDIES = {
     errno.EPERM: "permission is missing: name a folder that you may write, or change its owner",
     errno.EMFILE: "too many files are open: raise `ulimit -n`",
 }
-
-_CREATING_SECONDS = 60  # far longer than the microseconds between making a folder and locking it
 
 
 @contextmanager
@@ -72,7 +65,7 @@ def final_name(temporary: str) -> str | None:
     return None
 
 
-def _write_all(descriptor: int, data) -> None:
+def write_all(descriptor: int, data) -> None:
     view = memoryview(data).cast("B")
     while view:
         view = view[os.write(descriptor, view) :]
@@ -95,7 +88,7 @@ class Unfinished:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
         for part in parts:
-            _write_all(self._descriptor, part)
+            write_all(self._descriptor, part)
 
     def sync(self) -> None:
         """Durable, but for its name."""
@@ -175,47 +168,16 @@ def create_exclusive(path: str | os.PathLike, data: bytes) -> bool:
     return created
 
 
-def create_folder(path: Path, files: dict[str, bytes], folders: Iterable[str], lock: str) -> bool:
-    """Create a folder with its whole content, unless it exists and is not empty. Returns whether this call did.
-
-    It is built beside its place and renamed, so that no other process sees half of it.
-    lock : file inside the folder that is held with flock while it is built, so that what a dead process
-        left can be told from what a living one is building.
-
-    Raises StoreError.
-    """
-    with storing(path):
-        _make_folders(path.parent)
-        sweep_folders(path, lock)
-        building = path.with_name(f".{path.name}.{secrets.token_hex(4)}.creating")
-        try:
-            os.makedirs((building / lock).parent)
-            with FileLock(building / lock):
-                _fill_folder(building, files, {*folders, str(Path(lock).parent)})
-                try:
-                    os.rename(building, path)
-                except OSError as error:
-                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                        raise
-                    shutil.rmtree(building)
-                    return False
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
-        fsync_folder(path.parent)
-    return True
-
-
-def _fill_folder(building: Path, files: dict[str, bytes], folders: set[str]) -> None:
-    """Make files and folders inside a new folder, all durable."""
+def fill_folder(building: Path, contents: dict[str, bytes], folders: set[str]) -> None:
+    """Make files and folders inside a new folder, all durable. Raises OSError."""
     made = {building}
-    for name in sorted({*folders, *(str(Path(file).parent) for file in files)}):
+    for name in sorted({*folders, *(str(Path(file).parent) for file in contents)}):
         os.makedirs(building / name, exist_ok=True)
         made |= {building / name, *(p for p in (building / name).parents if building in p.parents)}
-    for name, data in files.items():
+    for name, data in contents.items():
         descriptor = os.open(building / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         try:
-            _write_all(descriptor, data)
+            write_all(descriptor, data)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -243,25 +205,6 @@ def _make_folders(path: Path) -> None:
             raise
     # A folder whose own name is lost takes with it all that was made durable inside.
     fsync_folder(path.parent)
-
-
-def sweep_folders(path: Path, lock: str) -> None:
-    """Remove what processes left that died while they created `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):
-        if not in_use(left, lock):
-            remove_tree(left)
-
-
-def in_use(folder: Path, lock: str) -> bool:
-    """Whether somebody makes a folder right now. lock : see create_folder."""
-    try:
-        # Making the folder and locking it are two steps, so the newest are left alone.
-        young = time.time() - os.stat(folder).st_mtime <= _CREATING_SECONDS
-        return young or is_locked(folder / lock)
-    except FileNotFoundError:
-        return False
-    except OSError:  # not ours: it is in nobody's way
-        return True
 
 
 def remove_tree(folder: Path) -> None:
@@ -431,93 +374,3 @@ def list_folders(folder: Path) -> list[str]:
     """Names of the folders in a folder, also of links to folders. Raises OSError."""
     with os.scandir(folder) as entries:
         return [entry.name for entry in entries if entry.is_dir()]
-
-
-class FileLock:
-    """An exclusive flock on a file, held until `release`, or until the process dies.
-
-    A forked child drops its copy of the descriptor, so that the lock lives and dies with the process
-    that took it.
-    """
-
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
-        with storing(path):
-            while True:
-                self.descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW, 0o644)
-                try:
-                    descriptor_size(self.descriptor)
-                    fcntl.flock(self.descriptor, fcntl.LOCK_EX)
-                    # The folder may have been replaced by another while this waited.
-                    if _same_file(self.descriptor, path):
-                        break
-                except BaseException:
-                    os.close(self.descriptor)
-                    raise
-                os.close(self.descriptor)
-        _held.add(self)
-
-    def append(self, data: bytes) -> None:
-        """Append to the locked file; visible to other processes at once."""
-        with storing(self.path):
-            size = os.fstat(self.descriptor).st_size
-            try:
-                _write_all(self.descriptor, data)
-            except BaseException:
-                # Half a line would be read by others, for as long as this process lives.
-                os.ftruncate(self.descriptor, size)
-                raise
-
-    def release(self) -> None:
-        """Give the lock back; a second call does nothing."""
-        if self.descriptor is not None:
-            # Unlocked and not only closed: a child that was just forked may still hold a copy.
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-        self.forget()
-
-    def forget(self) -> None:
-        """Close this process's copy; the lock stays with the process that took it."""
-        _held.discard(self)
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.release()
-
-
-def _same_file(descriptor: int, path: str | os.PathLike) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-_held: "weakref.WeakSet[FileLock]" = weakref.WeakSet()
-
-
-def _drop_inherited_locks() -> None:
-    for lock in list(_held):
-        lock.forget()
-
-
-os.register_at_fork(after_in_child=_drop_inherited_locks)
-
-
-def is_locked(path: str | os.PathLike) -> bool:
-    """Whether a living process holds the flock of a file.
-
-    Raises FileNotFoundError where the file does not exist, OSError where it is no file.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        descriptor_size(descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

@@ -109,6 +109,15 @@ class Layout:
     def token_scale_file(self, site: str, shard: int) -> str:
         return f"{SCALE}/{TOKENS}/{site}/c.{'0.' * SITES[site].layered}{shard}"
 
+    def cell_names(self, site: str, shard: int) -> tuple[str, str, str]:
+        """A site's files in a sample shard: data, row checksums, and scales, which only fp8 has."""
+        return self.data_file(site, shard), self.row_crc_file(site, shard), self.scale_file(site, shard)
+
+    def token_names(self, site: str, shard: int) -> tuple[str, str, str]:
+        """The same in a token shard."""
+        names = self.token_data_file(site, shard), self.token_row_crc_file(site, shard)
+        return *names, self.token_scale_file(site, shard)
+
     @staticmethod
     def samples_file(shard: int) -> str:
         return f"samples/{shard}.parquet"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hiddenlake.cache.store import files
-from hiddenlake.cache.store.files import FileLock, is_locked, storing, trouble
+from hiddenlake.cache.store import files, locks
+from hiddenlake.cache.store.files import storing, trouble
+from hiddenlake.cache.store.locks import FileLock, is_locked
 
 LOCK = "writers/lock"
 
@@ -89,8 +90,8 @@ class LocalBackend:
     def batch(self) -> "LocalBatch":
         return LocalBatch(self)
 
-    def make(self, files_: dict[str, bytes], folders: Sequence[str]) -> bool:
-        return files.create_folder(self.path, files_, folders, LOCK)
+    def make(self, contents: dict[str, bytes], folders: Sequence[str]) -> bool:
+        return locks.create_folder(self.path, contents, folders, LOCK)
 
     def delete(self) -> None:
         files.delete_folder(self.path)
@@ -107,7 +108,7 @@ class LocalBackend:
 
     def join(self, writer: str) -> "LocalMember":
         # Here too: what is too new for the one that makes the capture would else stay for good.
-        files.sweep_folders(self.path, LOCK)
+        locks.sweep_folders(self.path, LOCK)
         return LocalMember(self._to(self._file(writer)), self._to("commits/x").parent)
 
     def writers(self) -> list[str]:
@@ -160,7 +161,7 @@ def left_folders(lake: Path, remove: bool) -> list[tuple[Path, int]]:
     for name in files.list_folders(lake):
         if name.startswith(".") and name.endswith((".creating", ".removing", ".compacting")):
             folder = lake / name
-            if not files.in_use(folder, LOCK) and not any(
+            if not locks.in_use(folder, LOCK) and not any(
                 map(LocalBackend(folder).lives, LocalBackend(folder).writers())
             ):
                 found.append((folder, files.folder_size(folder)))

@@ -175,7 +175,7 @@ class ObjectBackend:
     def batch(self) -> "ObjectBatch":
         return ObjectBatch(self._put, self.remove)
 
-    def make(self, files: dict[str, bytes], folders: Sequence[str]) -> bool:
+    def make(self, contents: dict[str, bytes], folders: Sequence[str]) -> bool:
         import obstore
 
         with self._writing(""):
@@ -183,10 +183,10 @@ class ObjectBackend:
                 if any(not entry["path"].startswith("writers/") for entry in page):
                     return False
         # The root first: it says who was faster. A writer makes the others again where they are missing.
-        (root,) = (name for name in files if name == "zarr.json")
-        if not self.create(root, files[root]):
+        (root,) = (name for name in contents if name == "zarr.json")
+        if not self.create(root, contents[root]):
             return False
-        for name, data in files.items():
+        for name, data in contents.items():
             if name != root:
                 self.write(name, data)
         return True

@@ -4,7 +4,7 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.store.backend import Backend, File
 from hiddenlake.cache.store.commits import ChunkRecord, Commit, read_array, remedy
+from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.shard_file import ShardFile
 
 # Row checksums and scales that stay in memory: a third of a percent of the activations that they stand for.
@@ -57,6 +58,17 @@ class Committed:
         """A shard that is captured again has another commit, and its checksums tell the two apart."""
         commit = self.commits[0]
         return str(self.place), self.name, commit.writer, commit.fencing, self.record.crcs
+
+
+def cell_file(place: Backend, layout: Layout, site: str, commit: Commit) -> Committed:
+    """A site's file in a sample shard."""
+    return Committed(place, *layout.cell_names(site, commit.shard), layout.files[site], (commit,))
+
+
+def token_file(place: Backend, layout: Layout, site: str, shard: int, commits: tuple[Commit, ...]) -> Committed:
+    """A site's file in a token shard. commits : those that vouch for it; the first says what is in it."""
+    shape = replace(layout.token_files[site], columns=commits[0].token_shards[shard])
+    return Committed(place, *layout.token_names(site, shard), shape, commits)
 
 
 class OpenFile:

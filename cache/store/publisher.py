@@ -139,8 +139,7 @@ class Publisher:
                 shard.buffer.empty(slot)
             files, losses = {}, {}
             for site, encoding in shard.buffer.seal().items():
-                names = layout.data_file(site, k), layout.row_crc_file(site, k), layout.scale_file(site, k)
-                files |= self._add(batch, *names, encoding)
+                files |= self._add(batch, *layout.cell_names(site, k), encoding)
                 losses |= {site: encoding.loss} if encoding.loss else {}
             table = encode_samples(samples)
             batch.add(layout.samples_file(k), [table])
@@ -163,8 +162,7 @@ class Publisher:
             columns, sealed = shard.buffer.seal(kept)
             files, losses = {}, {}
             for site, encoding in sealed.items():
-                names = layout.token_data_file(site, j), layout.token_row_crc_file(site, j)
-                files |= self._add(batch, *names, layout.token_scale_file(site, j), encoding)
+                files |= self._add(batch, *layout.token_names(site, j), encoding)
                 losses |= {site: encoding.loss} if encoding.loss else {}
             return files, losses
 

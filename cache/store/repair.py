@@ -26,7 +26,7 @@ from hiddenlake.cache.store.copying import copy_samples
 from hiddenlake.cache.store.coverage import DTYPES
 from hiddenlake.cache.store.derived import rebuild
 from hiddenlake.cache.store.layout import Layout, encode_numbers
-from hiddenlake.cache.store.opened import Committed, OpenFile, close_all
+from hiddenlake.cache.store.opened import Committed, OpenFile, cell_file, close_all, token_file
 from hiddenlake.cache.store.ranges import read_range
 from hiddenlake.cache.store.reader import open_capture
 from hiddenlake.cache.store.removal import drop_commit, living_writers
@@ -115,18 +115,11 @@ def _drop_bad_claim(claims: "_claims.Claims", name: str, done: Repaired) -> None
 
 def _files(place: Backend, layout: Layout, commit: Commit) -> Iterator[Committed]:
     """The activation files that a commit vouches for."""
-    k = commit.shard
-    for site, file in layout.files.items():
-        names = layout.data_file(site, k), layout.row_crc_file(site, k), layout.scale_file(site, k)
-        yield Committed(place, *names, file, (commit,))
-    for shard, columns in commit.token_shards.items():
-        for site, full in layout.token_files.items():
-            names = (
-                layout.token_data_file(site, shard),
-                layout.token_row_crc_file(site, shard),
-                layout.token_scale_file(site, shard),
-            )
-            yield Committed(place, *names, replace(full, columns=columns), (commit,))
+    for site in layout.files:
+        yield cell_file(place, layout, site, commit)
+    for shard in commit.token_shards:
+        for site in layout.token_files:
+            yield token_file(place, layout, site, shard, (commit,))
 
 
 def _mend(place: Backend, committed: Committed, done: Repaired) -> bool:

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +14,15 @@ from hiddenlake.cache.store.backend import Backend
 from hiddenlake.cache.store.codecs import result_dtype
 from hiddenlake.cache.store.commits import Commit, read_checked, remedy
 from hiddenlake.cache.store.layout import Layout
-from hiddenlake.cache.store.opened import Committed, check_size, close_all, most_open, open_committed
+from hiddenlake.cache.store.opened import (
+    Committed,
+    cell_file,
+    check_size,
+    close_all,
+    most_open,
+    open_committed,
+    token_file,
+)
 from hiddenlake.cache.store.parallel import each
 from hiddenlake.cache.store.ranges import Part, cells_of, in_order, read_parts
 from hiddenlake.cache.store.root import Root
@@ -126,10 +134,7 @@ class Snapshot:
     def _cell_file(self, site: str, shard: int) -> Committed:
         found = self._cell_files.get((site, shard))
         if found is None:
-            layout = self.layout
-            names = layout.data_file(site, shard), layout.row_crc_file(site, shard), layout.scale_file(site, shard)
-            found = Committed(self.place, *names, layout.files[site], (self.commits[shard],))
-            self._cell_files[site, shard] = found
+            found = self._cell_files[site, shard] = cell_file(self.place, self.layout, site, self.commits[shard])
         return found
 
     @cached_property
@@ -235,18 +240,12 @@ class Snapshot:
         return sent.float() if dtype == "float32" else sent
 
     def _token_file(self, site: str, shard: int) -> Committed:
-        layout, commits = self.layout, self._token_commits[shard]
-        names = (
-            layout.token_data_file(site, shard),
-            layout.token_row_crc_file(site, shard),
-            layout.token_scale_file(site, shard),
-        )
-        columns = commits[0].token_shards[shard]
-        file = replace(layout.token_files[site], columns=columns)
-        committed = Committed(self.place, *names, file, commits)
-        for commit in commits[1:]:
-            same = all(commit.files.get(name) == commits[0].files.get(name) for name in names)
-            if not same or commit.token_shards[shard] != columns:
+        first, *others = commits = self._token_commits[shard]
+        committed = token_file(self.place, self.layout, site, shard, commits)
+        for commit in others:
+            names = self.layout.token_names(site, shard)
+            same = all(commit.files.get(name) == first.files.get(name) for name in names)
+            if not same or commit.token_shards[shard] != first.token_shards[shard]:
                 raise self._disagree(committed)
         return committed
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from hiddenlake.cache.store.derived import cells_of, derived_chunks, differs
 from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.metadata import arrays
-from hiddenlake.cache.store.opened import Committed
+from hiddenlake.cache.store.opened import cell_file, token_file
 from hiddenlake.cache.store.root import FILE, Root, read_root
 from hiddenlake.cache.store.signing import check_signed, parse, sign, to_json_bytes
 from hiddenlake.cache.store.tables import MOST_LOOSE_BYTES, check_rows, decode, decode_loose, sample_schema
@@ -249,14 +249,8 @@ def _check_token_shard(place: Backend, layout: Layout, shard: int, commits: list
         for start, length in filter(None, commit.spans):
             expected[max(0, start - shard * K) : max(0, start + length - shard * K)] = FINITE
     by_column = expected.reshape(-1, layout.chunk_tokens)
-    for site, full in layout.token_files.items():
-        names = (
-            layout.token_data_file(site, shard),
-            layout.token_row_crc_file(site, shard),
-            layout.token_scale_file(site, shard),
-        )
-        file = replace(full, columns=vouching[0].token_shards[shard])
-        committed = Committed(place, *names, file, tuple(vouching))
+    for site in layout.token_files:
+        committed = token_file(place, layout, site, shard, tuple(vouching))
         yield from check_file(committed, lambda chunk: by_column[chunk % len(by_column)])
 
 
@@ -280,10 +274,8 @@ def _check_shard(place: Backend, layout: Layout, commit: Commit) -> Iterator[Pro
             rows[:] = NAN
             for slot, (index, _) in cells.items():
                 rows[:, slot] = np.where(np.array(index, np.int64) != ABSENT, FINITE, NAN)
-    for site, file in layout.files.items():
-        k = commit.shard
-        names = layout.data_file(site, k), layout.row_crc_file(site, k), layout.scale_file(site, k)
-        yield from check_file(Committed(place, *names, file, (commit,)), lambda chunk: rows[chunk % len(rows)])
+    for site in layout.files:
+        yield from check_file(cell_file(place, layout, site, commit), lambda chunk: rows[chunk % len(rows)])
 
 
 def _check_samples(name: str, layout: Layout, commit: Commit, table: Any) -> Iterator[Problem]:

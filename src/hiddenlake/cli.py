@@ -3,12 +3,22 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from hiddenlake import cli_lake
+from hiddenlake import cli_exchange, cli_lake
 from hiddenlake.cache.errors import BadInputError, HiddenlakeError
+from hiddenlake.cli_output import (
+    EXIT_FAILED_SAMPLES,
+    EXIT_INTERRUPTED,
+    Capture,
+    Json,
+    byte_count,
+    outline,
+    print_table,
+    talk,
+)
 
 app = typer.Typer(
     help="Activations of language models: captured while they generate, stored in Zarr, probed.",
@@ -16,16 +26,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(cli_lake.app)
-
-# Samples failed, the rest is there.
-EXIT_FAILED_SAMPLES = 3
-EXIT_INTERRUPTED = 130
-
-Capture = Annotated[
-    str, typer.Argument(help="A capture's folder, LAKE/NAME, or s3://BUCKET/LAKE/NAME.", show_default=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
@@ -34,10 +34,10 @@ def main() -> None:
         # the exit code of typer.Exit, else what a command returns: nothing
         sys.exit(app(standalone_mode=False))
     except HiddenlakeError as error:
-        _talk(f"error: {error}")
+        talk(f"error: {error}")
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
-        _talk("interrupted")
+        talk("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         # click reports wrong usage by exceptions that can show themselves
@@ -129,8 +129,8 @@ def capture(
             sampling=Sampling(temperature, top_p, top_k, seed, tuple(stop or ())),
             samples=samples,
             lora=lora,
-            ring_bytes=_bytes("--ring-bytes", ring_bytes),
-            buffer_bytes=_bytes("--buffer-bytes", buffer_bytes),
+            ring_bytes=byte_count("--ring-bytes", ring_bytes),
+            buffer_bytes=byte_count("--buffer-bytes", buffer_bytes),
             shard_samples=shard_samples,
             codec=codec,
             options=options,
@@ -138,15 +138,15 @@ def capture(
         )
     if as_json:
         print(json.dumps(asdict(summary)))
-    _talk(
+    talk(
         f"{summary.committed} samples captured in {summary.seconds:.1f} s, {size(summary.bytes)}; "
         f"{summary.present} were there before, {summary.failed} failed"
         + (f", {summary.elsewhere} are another writer's" if summary.elsewhere else "")
     )
     for cause in sorted(set(summary.causes.values())):
-        _talk(f"  failed: {cause} ({sum(c == cause for c in summary.causes.values())} samples)")
+        talk(f"  failed: {cause} ({sum(c == cause for c in summary.causes.values())} samples)")
     if summary.interrupted:
-        _talk("interrupted: what was complete is stored; the same command goes on from here")
+        talk("interrupted: what was complete is stored; the same command goes on from here")
         raise typer.Exit(EXIT_INTERRUPTED)
     if summary.failed:
         raise typer.Exit(EXIT_FAILED_SAMPLES)
@@ -182,9 +182,9 @@ def vllm_command(
         sites=sites.split(","),
         layers=layers,
         positions=positions,
-        max_request_bytes=_bytes("--max-request-bytes", max_request_bytes),
-        ring_bytes=_bytes("--ring-bytes", ring_bytes),
-        buffer_bytes=_bytes("--buffer-bytes", buffer_bytes),
+        max_request_bytes=byte_count("--max-request-bytes", max_request_bytes),
+        ring_bytes=byte_count("--ring-bytes", ring_bytes),
+        buffer_bytes=byte_count("--buffer-bytes", buffer_bytes),
         shard_samples=shard_samples,
         arguments=arguments or [],
     )
@@ -202,7 +202,7 @@ def ls_command(
     if as_json:
         print(json.dumps(rows))
     else:
-        _print_table([{name: value for name, value in row.items() if name != "path"} for row in rows])
+        print_table([{name: value for name, value in row.items() if name != "path"} for row in rows])
 
 
 @app.command("info")
@@ -212,7 +212,7 @@ def info_command(capture: Capture, as_json: Json = False) -> None:
     from hiddenlake.cache.store.reader import open_capture
 
     facts = describe(open_capture(capture))
-    print(json.dumps(facts) if as_json else _outline(facts))
+    print(json.dumps(facts) if as_json else outline(facts))
 
 
 @app.command("read")
@@ -232,13 +232,13 @@ def read_command(
     opened = open_capture(capture)
     if out is not None:
         write_npz(opened, out, site, layer, position)
-        _talk(f"{len(opened.keys)} samples written to {out}")
+        talk(f"{len(opened.keys)} samples written to {out}")
         return
     table = cell_table(opened, site, layer, position, rows)
     if as_json:
         print(json.dumps(table))
     else:
-        _print_table(table)
+        print_table(table)
 
 
 @app.command("verify")
@@ -263,7 +263,7 @@ def verify_command(
 
         checked = compare(open_capture(capture), model, spot_check)
         found["spot_check"], ok = checked.to_json(), ok and checked.ok
-    print(json.dumps(found) if as_json else _outline(found))
+    print(json.dumps(found) if as_json else outline(found))
     if not ok:
         raise typer.Exit(1)
 
@@ -343,204 +343,8 @@ def demo_command(
     run_demo(out, samples)
 
 
-@app.command("export")
-def export_command(
-    capture: Capture,
-    out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.", show_default=False)],
-    format: Annotated[str, typer.Option(help="`safetensors`, `datasets`, `npy` or `torch`.")] = "safetensors",
-    site: Annotated[str | None, typer.Option(help="Sites, by comma; default all, embed too.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Captured layers, 13 or 0,5,10-12; default all.")] = None,
-    positions: Annotated[
-        str | None, typer.Option(help="Captured positions, by comma, and the tokens (`all`); default all of both.")
-    ] = None,
-    shard_bytes: Annotated[str, typer.Option(help="Largest file, where a site has several.")] = "1GiB",
-    memory_bytes: Annotated[str, typer.Option(help="Memory for activations.")] = "1GiB",
-    as_json: Json = False,
-) -> None:
-    """Write a capture as files for other tools: safetensors shards with a Parquet index (for the Hugging Face hub), a
-    Hugging Face dataset, .npy files, or torch files. The folder appears when it is complete.
-    """
-    from dataclasses import asdict
-
-    from hiddenlake.cache.exchange.exporting import export_capture
-    from hiddenlake.cache.exchange.meter import Meter
-    from hiddenlake.cache.progress import size
-
-    with Meter("exporting") as meter:
-        written = export_capture(
-            capture,
-            out,
-            format,
-            sites=None if site is None else site.split(","),
-            layers=layers,
-            positions=positions,
-            shard_bytes=_bytes("--shard-bytes", shard_bytes),
-            memory_bytes=_bytes("--memory-bytes", memory_bytes),
-            watcher=meter,
-        )
-    if as_json:
-        print(json.dumps(asdict(written)))
-    _talk(f"{written.samples} samples in {written.files} files, {size(written.bytes)}, written to {written.path}")
-
-
-@app.command("import")
-def import_command(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="A folder of vLLM's {req_id}.safetensors, a .jsonl file beside safetensors files, or a folder that "
-            "`export` wrote as safetensors.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(help="The new capture's folder, LAKE/NAME.", show_default=False)],
-    format: Annotated[str, typer.Option(help="`vllm`, `jsonl` or `export`.")],
-    identity: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON file: model, weights, quantization, lora, compute_dtype, chat_template, task; null for none. An "
-            "export has its own."
-        ),
-    ] = None,
-    layer_ids: Annotated[
-        str | None, typer.Option(help="vLLM's layer ids of its dumps, ascending: k is the stream after k blocks.")
-    ] = None,
-    samples: Annotated[
-        Path | None, typer.Option(help="JSONL file of vLLM's requests: request_id, prompt_length, prompt, ...")
-    ] = None,
-    prompts_only: Annotated[bool, typer.Option(help="vLLM's dumps hold prompts and no answers.")] = False,
-    model: Annotated[
-        Path | None, typer.Option(help="The model's folder, for `embed` where the source lacks it.")
-    ] = None,
-    layers: Annotated[str, typer.Option(help="0-based layers of a JSONL file's tensors: 13 or 0,5,10-12.")] = "",
-    positions: Annotated[str, typer.Option(help="Positions, by comma; `all` for token level.")] = "all",
-    dtype: Annotated[str | None, typer.Option(help="`bfloat16` or `float32`; default what holds all exactly.")] = None,
-    buffer_bytes: Annotated[str, typer.Option(help="Memory for the shards being filled and written.")] = "1GiB",
-    as_json: Json = False,
-) -> None:
-    """Make a capture of activations that another tool dumped. The same command goes on where it was interrupted.
-
-    Exit status: 0 all imported, 3 some samples failed, 130 interrupted.
-    """
-    from dataclasses import asdict
-
-    from hiddenlake.cache.exchange.importing import import_source
-    from hiddenlake.cache.exchange.meter import Meter
-    from hiddenlake.cache.exchange.records import load_identity
-    from hiddenlake.cache.progress import counted, size
-
-    if format not in ("vllm", "jsonl", "export"):
-        raise BadInputError(f"--format {format!r}: expected vllm, jsonl or export")
-    if (identity is None) != (format == "export"):
-        raise BadInputError(
-            "--identity names what made the activations: give it, except for an export, which has its own"
-        )
-    known = None if identity is None else load_identity(identity)
-    with counted(f"checking {source.name}") as progress:
-        if format == "vllm":
-            from hiddenlake.cache.exchange.vllm_dumps import VllmDumps
-
-            opened = VllmDumps(
-                source,
-                _numbers("--layer-ids", layer_ids or ""),
-                known["compute_dtype"],
-                samples=samples,
-                prompts_only=prompts_only,
-                model=model,
-                positions=positions,
-                dtype=dtype,
-                progress=progress,
-            )
-        elif format == "jsonl":
-            from hiddenlake.cache.exchange.jsonl import JsonlSource
-
-            opened = JsonlSource(
-                source,
-                _numbers("--layers", layers) if layers else [],
-                positions,
-                model=model,
-                compute_dtype=known["compute_dtype"],
-                dtype=dtype,
-                progress=progress,
-            )
-        else:
-            from hiddenlake.cache.exchange.own_export import OwnExport
-
-            opened = OwnExport(source, progress=progress)
-    try:
-        with Meter("importing") as meter:
-            done = import_source(opened, out, known, buffer_bytes=_bytes("--buffer-bytes", buffer_bytes), watcher=meter)
-    except KeyboardInterrupt:
-        _talk("interrupted: what was complete is stored; the same command goes on from here")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    if as_json:
-        print(json.dumps(asdict(done)))
-    _talk(
-        f"{done.imported} samples imported into {done.path}, {size(done.bytes)}; {done.present} were there before, "
-        f"{done.failed} failed" + (f", {done.elsewhere} are another process's" if done.elsewhere else "")
-    )
-    for cause in sorted(set(done.causes.values()))[:10]:
-        _talk(f"  failed: {cause} ({sum(c == cause for c in done.causes.values())} samples)")
-    if done.failed:
-        raise typer.Exit(EXIT_FAILED_SAMPLES)
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    """`0,5,10-12` in the order given."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()):
-            raise BadInputError(f"{name} {text!r}: expected numbers such as 13 or 0,5,10-12")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
-
-
-def _talk(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _bytes(name: str, text: str) -> int:
-    """`2GiB`, `500MB` or a plain number of bytes."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    number = text.strip().rstrip("BGIKMbgikm")
-    try:
-        return int(float(number) * units[text.strip()[len(number) :].upper()])
-    except (ValueError, KeyError) as error:
-        raise BadInputError(f"{name} {text!r} is not a size: expected e.g. 2GiB, 500MB or a number of bytes") from error
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    """Aligned columns, never cut: another program may read them."""
-    if not rows:
-        _talk("nothing there")
-        return
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    table = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
-    return "" if value is None else str(value)
-
-
-def _outline(value: Any, indent: int = 0) -> str:
-    """Nested facts as indented lines."""
-    lines = []
-    for key, item in value.items():
-        if isinstance(item, dict):
-            lines += [" " * indent + f"{key}:", _outline(item, indent + 2)]
-        elif isinstance(item, list | tuple) and item and isinstance(item[0], dict):
-            lines.append(" " * indent + f"{key}:")
-            lines += [_outline(entry, indent + 2) for entry in item]
-        else:
-            lines.append(" " * indent + f"{key}: {_cell(item)}")
-    return "\n".join(lines)
-
+app.add_typer(cli_lake.app)
+app.add_typer(cli_exchange.app)
 
 if __name__ == "__main__":
     main()

@@ -9,14 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from hiddenlake.cache.errors import BadInputError
+from hiddenlake.cli_output import Capture, Json, numbers, talk
 
 app = typer.Typer()
 label_app = typer.Typer(help="Labels by sample key, beside the captured columns.", no_args_is_help=True)
 app.add_typer(label_app, name="label")
 
-Capture = Annotated[str, typer.Argument(help="A capture: LAKE/NAME, or s3://bucket/lake/name.", show_default=False)]
 Lake = Annotated[str, typer.Argument(help="A folder of captures, or one capture.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Codec = Annotated[
     str | None, typer.Option(help="`none`, `zstd`, or `fp8` (loses something, and says what); default the capture's.")
 ]
@@ -63,7 +62,7 @@ def select_command(
     plan = plan_select(
         source,
         sites=sites and sites.split(","),
-        layers=_numbers("--layers", layers) if layers else None,
+        layers=numbers("--layers", layers) if layers else None,
         positions=() if positions == "none" else positions and positions.split(","),
         samples=_samples(samples, source.keys) if samples else None,
         tokens=tokens,
@@ -93,15 +92,15 @@ def _copy(plan: Any, out: str, shard_samples: int | None, as_json: bool) -> None
     from hiddenlake.cache.store.copying import copy
     from hiddenlake.cache.store.reader import open_capture
 
-    _talk(f"{plan.samples} samples, {size(plan.bytes)} of activations (codec {plan.codec}), into {out}")
+    talk(f"{plan.samples} samples, {size(plan.bytes)} of activations (codec {plan.codec}), into {out}")
     with counted("copying samples") as progress:
         copied = copy(plan, open_backend(out), shard_samples=shard_samples, progress=progress)
     losses = {name: asdict(loss) for name, loss in open_capture(out).losses().items()}
     if as_json:
         print(json.dumps({"samples": plan.samples, "copied": copied, "bytes": plan.bytes, "losses": losses}))
-    _talk(f"{copied} samples copied, {plan.samples - copied} were there before")
+    talk(f"{copied} samples copied, {plan.samples - copied} were there before")
     for name, loss in losses.items():
-        _talk(
+        talk(
             f"  {name}: fp8 lost up to {loss['relative']:.4f} of a row's length, 1 - cosine {loss['cosine']:.2e} on average"
         )
 
@@ -113,14 +112,14 @@ def compact_command(capture: Capture, shard_samples: ShardSamples = None, as_jso
     from hiddenlake.cache.store.compact import compact, plan_compact
 
     plan = plan_compact(capture)
-    _talk(
+    talk(
         f"{plan.samples} samples, {size(plan.bytes)} of activations are written beside {capture} and then take its place"
     )
     with counted("compacting samples") as progress:
         done = compact(capture, shard_samples=shard_samples, progress=progress)
     if as_json:
         print(json.dumps(asdict(done)))
-    _talk(f"{done.shards[0]} shards became {done.shards[1]}, {size(done.bytes[0])} became {size(done.bytes[1])}")
+    talk(f"{done.shards[0]} shards became {done.shards[1]}, {size(done.bytes[0])} became {size(done.bytes[1])}")
 
 
 @app.command("repair")
@@ -134,12 +133,12 @@ def repair_command(capture: Capture, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(asdict(done)))
     for name in done.rebuilt:
-        _talk(f"made again: {name}")
-    _talk(
+        talk(f"made again: {name}")
+    talk(
         f"{len(done.rebuilt)} files made again, {done.moved} samples moved out of damaged shards, {len(done.lost)} lost"
     )
     for key in done.lost:
-        _talk(f"lost: {key}")
+        talk(f"lost: {key}")
     if done.lost:
         raise typer.Exit(1)
 
@@ -161,7 +160,7 @@ def rm_command(
             if not sys.stdin.isatty() or not typer.confirm(f"remove {path} ({what})?", err=True):
                 raise BadInputError(f"{path} was not removed: say --yes where nobody can be asked")
         remove_capture(path)
-        _talk(f"{path} removed")
+        talk(f"{path} removed")
 
 
 @app.command("gc")
@@ -181,7 +180,7 @@ def gc_command(
         for leftover in found:
             print(f"{size(leftover.bytes)}  {leftover.path}")
     total = sum(leftover.bytes for leftover in found)
-    _talk(f"{len(found)} leftovers, {size(total)}{' would be' if dry_run else ''} removed")
+    talk(f"{len(found)} leftovers, {size(total)}{' would be' if dry_run else ''} removed")
 
 
 @label_app.command("add")
@@ -197,23 +196,7 @@ def label_add_command(
 
     opened = open_capture(capture)
     labelled = add_label(opened, name, file, replace)
-    _talk(f"{labelled} of {len(opened)} samples labelled")
-
-
-def _talk(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    """`0,5,10-12` as numbers."""
-    found: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            found += range(int(first), int(last or first) + 1)
-    except ValueError as error:
-        raise BadInputError(f"{name} {text!r}: expected numbers and ranges such as 0,5,10-12") from error
-    return found
+    talk(f"{labelled} of {len(opened)} samples labelled")
 
 
 def _samples(text: str, keys: list[str]) -> list[str | int]:
@@ -224,4 +207,4 @@ def _samples(text: str, keys: list[str]) -> list[str | int]:
         except OSError as error:
             raise BadInputError(f"{text[1:]}: {error.strerror}: expected a file with a key a line") from error
     parts = text.split(",")
-    return list(parts) if set(parts) & set(keys) else list(_numbers("--samples", text))
+    return list(parts) if set(parts) & set(keys) else list(numbers("--samples", text))

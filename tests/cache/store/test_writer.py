@@ -11,7 +11,7 @@ import pytest
 
 from hiddenlake.cache.errors import BadInputError, CaptureError, IdentityError, StoreError
 from hiddenlake.cache.samples import Failure
-from hiddenlake.cache.store import Coverage, attach, claims, files, open_capture
+from hiddenlake.cache.store import Coverage, attach, claims, locks, open_capture
 from hiddenlake.cache.store.claims import Claims
 from hiddenlake.cache.store.local import LocalBackend, LocalBatch
 from hiddenlake.cache.store.signing import sign, to_json_bytes
@@ -281,7 +281,7 @@ def test_the_shard_is_filled_by_another_process(tiny, tmp_path, assert_holds):
 
 
 def test_a_forked_child_does_not_keep_its_parents_lock(tmp_path):
-    lock = files.FileLock(tmp_path / "lock")
+    lock = locks.FileLock(tmp_path / "lock")
     stop, go = os.pipe()
     forked, ready = os.pipe()
     child = os.fork()
@@ -291,11 +291,11 @@ def test_a_forked_child_does_not_keep_its_parents_lock(tmp_path):
         os.read(stop, 1)
         os._exit(0)
     os.read(forked, 1)
-    assert files.is_locked(tmp_path / "lock")
+    assert locks.is_locked(tmp_path / "lock")
     # As when the parent is killed: its descriptors are closed and nothing is unlocked.
     os.close(lock.descriptor)
     lock.descriptor = None
-    assert not files.is_locked(tmp_path / "lock")
+    assert not locks.is_locked(tmp_path / "lock")
     os.close(go)
     os.waitpid(child, 0)
     for descriptor in (stop, forked, ready):
