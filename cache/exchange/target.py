@@ -23,9 +23,6 @@ MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _SUFFIX = ".exporting"
 
-# Making a folder and locking it are two steps, microseconds apart: a folder this young is left alone.
-_YOUNG_SECONDS = 60
-
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the quota is used up: free some space",
