@@ -1,11 +1,6 @@
 """hiddenlake's store: rows go into the writer's shard buffers as they arrive, and are read as its users read them."""
 
-import json
-import os
 import tempfile
-import time
-import traceback
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +10,7 @@ from store_rows import Want
 
 from hiddenlake.cache.samples import Sample
 from hiddenlake.cache.store import Coverage, open_capture, open_writer
+from hiddenlake.cache.store.opened import close_all
 
 SITE = "mlp_out"
 _TOKENS = 20
@@ -64,26 +60,20 @@ class Hiddenlake(StoreArm):
         expect("samples", len(self._capture), self.shape.samples)
 
     def close(self) -> None:
+        """Nothing stays of what a process remembers of a capture that it has read: files that are open and mapped,
+        which could not be thrown out of the page cache, and row checksums.
+        """
+        close_all(self._capture.place)
         del self._capture
 
     def read_round(self, round: dict[str, Any]) -> dict[str, Any]:
-        """Each round, and each cold read, in a process of its own, made by fork. One that has read a capture keeps its
-        files open, maps them, and remembers row checksums: nothing that it reads again is cold.
-        """
         if not self._imported:
             self._import()
-        if not round["cold"]:
-            return in_child(lambda: super(Hiddenlake, self).read_round(round))
-        answers, until = [], time.perf_counter() + round["seconds"]
-        for want in round["wants"]:
-            one = {**round, "wants": [want]}
-            answers.append(in_child(lambda one=one: super(Hiddenlake, self).read_round(one)))
-            if time.perf_counter() > until:
-                break
-        return {name: [value for answer in answers for value in answer[name]] for name in answers[0]}
+        return super().read_round(round)
 
     def _import(self) -> None:
         """What a read imports late is no part of it: here is a small one, of another capture."""
+        type(self)._imported = True
         with tempfile.TemporaryDirectory(dir=self.folder.parent) as folder:
             shape = {"layers": 2, "positions": 3, "samples": 4, "hidden": 16, "shard": 4}
             small = Hiddenlake({"folder": f"{folder}/small", "shape": shape, "arrival": "task"})
@@ -92,7 +82,6 @@ class Hiddenlake(StoreArm):
             small.read(Want(range(1), range(1), range(4), 0), "checked")
             small.read(Want(range(2), range(1), [1], 0), "checked")
             small.close()
-        self._imported = True
 
     def aim(self, want: Want, way: str) -> None:
         if way.endswith("into a buffer"):
@@ -120,31 +109,6 @@ class Hiddenlake(StoreArm):
     def bits(self, result: np.ndarray, want: Want) -> np.ndarray:
         shape = (len(want.layers), len(want.positions), len(want.samples), -1)
         return result.view(np.uint16).reshape(shape)
-
-
-def in_child(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `work` returns, plain JSON, done by a forked process. Raises RuntimeError with what it raised."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            answer = work()
-        except BaseException as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        with os.fdopen(write, "w") as pipe:
-            json.dump(answer, pipe)
-        os._exit(0)  # whatever this process would do at its end is its parent's
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        said = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if not said:
-        raise RuntimeError(f"a reading process ended with status {status} and said nothing")
-    answer = json.loads(said)
-    if "error" in answer:
-        raise RuntimeError(answer["error"])
-    return answer
 
 
 def _key(i: int) -> str:

@@ -112,9 +112,12 @@ class Backend(Protocol):
     def write(self, name: str, data: bytes, durable: bool = True) -> None:
         """Readers see the old file or the new one. durable : False for what can be made again."""
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Make a durable file, unless it exists. Returns whether this call did: so the data says who calls, for where an
-        answer was lost, it is told by them."""
+    def create(self, name: str, data: bytes, durable: bool = True) -> bool:
+        """Make a file, unless it exists. Returns whether this call did: so the data says who calls, for where an answer
+        was lost, it is told by them. One that is not durable yet may be gone, or empty, after a power cut."""
+
+    def settle(self, name: str) -> None:
+        """Make durable what was created otherwise."""
 
     def replace(self, name: str, old: bytes, new: bytes) -> bool:
         """Make a file other, unless it is not `old` any more. Returns whether this call did. Under the lock.

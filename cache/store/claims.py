@@ -23,8 +23,11 @@ from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.metadata import arrays
 from hiddenlake.cache.store.signing import check_signed, parse, sign, to_json_bytes
 
-# Of one claim.
+# Of one claim: more than any has.
 _MOST_BYTES = 1 << 16
+
+# One with the smallest numbers that there are.
+_LEAST = to_json_bytes({"writer": "0" * 16, "fencing": 1, "crc32c": 0})
 
 
 class Claims:
@@ -147,7 +150,8 @@ class Claims:
         fencing = 1 if held is None else held[1] + 1
         document = to_json_bytes(sign({"writer": self.writer, "fencing": fencing}))
         if held is None:
-            if not self.place.create(claim, document) and self.read(claim) != (self.writer, fencing):
+            # Durable before anything is published under it: an fsync here would wait for the shard before.
+            if not self.place.create(claim, document, durable=False) and self.read(claim) != (self.writer, fencing):
                 raise StoreError(
                     f"{self.place}/{claim} appeared while this process held the capture's lock: the file system does not "
                     f"honour flock (put the capture on a local one), or this process stood still for long (run the "
@@ -226,10 +230,16 @@ def token_claim(shard: int) -> str:
 
 
 def read_claim(place: Backend, claim: str) -> tuple[str, int] | None:
-    """(writer, fencing) of a claim, or None where there is none. Raises CorruptError, StoreError."""
+    """(writer, fencing) of a claim, or None where there is none. Raises CorruptError, StoreError.
+
+    What a power cut may leave of one that was not durable yet, under which nothing was published, is nobody's.
+    """
     file = f"{place}/{claim}"
     try:
-        document = check_signed(parse(place.read(claim, _MOST_BYTES)), file)
+        raw = place.read(claim, _MOST_BYTES)
+        if _torn(raw):
+            return "", 0
+        document = check_signed(parse(raw), file)
         writer, fencing = document["writer"], document["fencing"]
         if not isinstance(writer, str) or type(fencing) is not int:
             raise TypeError(document)
@@ -243,6 +253,12 @@ def read_claim(place: Backend, claim: str) -> tuple[str, int] | None:
             f"{file}: not a claim ({error!r}): stop all writers of this capture, run `hiddenlake repair {place}`, "
             f"and run the same command again"
         ) from error
+
+
+def _torn(raw: bytes) -> bool:
+    """Whether a claim is the start of one only, or zeros: what is left of one that was not durable."""
+    start = _LEAST[: min(len(raw), _LEAST.index(b"0"))]
+    return not raw.strip(b"\0") or (len(raw) < len(_LEAST) and raw.startswith(start) and not raw.endswith(b"\n"))
 
 
 def enter(place: Backend, layout: Layout) -> Claims:

@@ -146,7 +146,7 @@ def write_atomic(path: str | os.PathLike, data: bytes, durable: bool = True) -> 
             fsync_folder(path.parent)
 
 
-def create_exclusive(path: str | os.PathLike, data: bytes) -> bool:
+def create_exclusive(path: str | os.PathLike, data: bytes, durable: bool = True) -> bool:
     """Create a file with its whole content, unless it exists. Returns whether this call created it.
 
     O_EXCL alone would show an empty file first; a hard link to a finished file does not.
@@ -157,15 +157,32 @@ def create_exclusive(path: str | os.PathLike, data: bytes) -> bool:
     with storing(path):
         unfinished = write_beside(path, [data])
         try:
-            unfinished.sync()
+            if durable:
+                unfinished.sync()
             os.link(unfinished.path, path)
             created = True
         except FileExistsError:
             created = False
         finally:
             unfinished.discard()
-        fsync_folder(path.parent)
+        if durable:
+            fsync_folder(path.parent)
     return created
+
+
+def make_durable(path: str | os.PathLike) -> None:
+    """A file, and its name.
+
+    Raises StoreError.
+    """
+    path = Path(path)
+    with storing(path):
+        descriptor = open_read(path)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        fsync_folder(path.parent)
 
 
 def fill_folder(building: Path, contents: dict[str, bytes], folders: set[str]) -> None:

@@ -74,8 +74,11 @@ class LocalBackend:
     def write(self, name: str, data: bytes, durable: bool = True) -> None:
         files.write_atomic(self._to(name), data, durable=durable)
 
-    def create(self, name: str, data: bytes) -> bool:
-        return files.create_exclusive(self._to(name), data)
+    def create(self, name: str, data: bytes, durable: bool = True) -> bool:
+        return files.create_exclusive(self._to(name), data, durable)
+
+    def settle(self, name: str) -> None:
+        files.make_durable(self._to(name))
 
     def replace(self, name: str, old: bytes, new: bytes) -> bool:
         # Whoever replaces holds the lock, which no other process gets meanwhile.

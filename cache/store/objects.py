@@ -112,8 +112,11 @@ class ObjectBackend:
     def write(self, name: str, data: bytes, durable: bool = True) -> None:
         self._put(name, data)
 
-    def create(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, data: bytes, durable: bool = True) -> bool:
         return self._put_if(name, data, "create") is not None
+
+    def settle(self, name: str) -> None:
+        """An object is durable once it is there."""
 
     def replace(self, name: str, old: bytes, new: bytes) -> bool:
         import obstore

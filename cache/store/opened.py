@@ -76,7 +76,6 @@ class OpenFile:
 
     offsets, lengths : (place,) where each chunk that is in the file starts, and its bytes without the checksum.
     crcs : (place,) crc32c of each as it is stored, from the commit.
-    chunks : the three of each chunk.
     """
 
     def __init__(self, committed: Committed) -> None:
@@ -96,8 +95,6 @@ class OpenFile:
             )
         ends = shape.offsets(self.lengths)
         self.offsets = ends[:-1]
-        # As Python's numbers, which are faster to take one by one.
-        self.chunks = list(zip(self.offsets.tolist(), self.lengths.tolist(), self.crcs.tolist(), strict=True))
         expected = int(ends[-1]) + shape.index_bytes
         try:
             self.file: File = committed.place.open(committed.name)
@@ -194,10 +191,11 @@ def check_size(committed: Committed) -> None:
 
 
 def close_all(place: Backend) -> None:
-    """Let go of the files of a capture that is going away."""
+    """Let go of a capture's files, and of what is remembered of them."""
     with _lock:
-        for key in [key for key in _files if key[0] == str(place)]:
-            del _files[key]
+        for known in (_files, _arrays):
+            for key in [key for key in known if key[0] == str(place)]:
+                del known[key]
 
 
 def _new_lock() -> None:

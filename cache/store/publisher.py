@@ -148,7 +148,7 @@ class Publisher:
         def publish(files: dict[str, Record], losses: dict[str, Loss]) -> None:
             self._waiting.append(_Waiting(k, shard.fencing, samples, spans, files, losses))
 
-        return self._submit(write, publish, lambda: recycle(shard.buffer))
+        return self._submit(sample_claim(k), write, publish, lambda: recycle(shard.buffer))
 
     def publish_tokens(
         self, shard: TokenShard, kept: list[slice], recycle: Callable[[TokenBuffer], None]
@@ -171,7 +171,7 @@ class Publisher:
             with self._lock:
                 self.bytes_written += sum(record.size for record in files.values())
 
-        return self._submit(write, publish, lambda: recycle(shard.buffer))
+        return self._submit(token_claim(j), write, publish, lambda: recycle(shard.buffer))
 
     @staticmethod
     def _add(batch: Batch, data: str, row_crc: str, scale: str, encoding: Encoding) -> dict[str, Record]:
@@ -187,6 +187,7 @@ class Publisher:
 
     def _submit(
         self,
+        claim: str,
         write: Callable[[Batch], tuple[dict[str, Record], dict[str, Loss]]],
         publish: Callable[[dict[str, Record], dict[str, Loss]], None],
         recycle: Callable[[], None],
@@ -213,6 +214,7 @@ class Publisher:
                 if self._error is not None:
                     batch.discard()
                     return
+                self.place.settle(claim)
                 batch.publish()
                 publish(files, losses)
                 for waiting in [waiting for waiting in self._waiting if self._needed(waiting) <= self._durable.keys()]:

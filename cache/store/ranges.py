@@ -9,10 +9,11 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from crc32c import crc32c
@@ -58,9 +59,29 @@ def in_order(slots: np.ndarray, into: np.ndarray, rows: int) -> bool:
     )
 
 
-# A chunk that is read as a whole: its file, its part, its place in the file, its cell in the result, and where its bytes
-# go straight into the result, else None.
-_Chunk = tuple[OpenFile, Part, int, int, np.ndarray | None]
+class _Chunk(NamedTuple):
+    """A chunk that is read as a whole.
+
+    place, cell : in the file, and in the result.  offset, length, crc : of its bytes in the file, as committed.
+    straight : where its bytes go as they are, None where they do not.
+    """
+
+    file: OpenFile
+    part: Part
+    place: int
+    cell: int
+    offset: int
+    length: int
+    crc: int
+    straight: np.ndarray | None
+
+
+def _chunks(file: OpenFile, part: Part, straight: np.ndarray | None) -> Iterator[_Chunk]:
+    """straight : (cell, byte) where bytes go as they are."""
+    offsets, lengths, crcs = file.offsets, file.lengths, file.crcs
+    for place, cell in zip(part.places.tolist(), part.cells.tolist(), strict=True):
+        to = None if straight is None else straight[cell]
+        yield _Chunk(file, part, place, cell, int(offsets[place]), int(lengths[place]), int(crcs[place]), to)
 
 
 def read_parts(
@@ -74,6 +95,7 @@ def read_parts(
     if not out.size:
         return
     chunks: list[_Chunk] = []
+    rows: list[tuple[OpenFile, Part]] = []
     flat = out.reshape(out.shape[0], -1).view(np.uint8)
     row_bytes = out.shape[-1] * out.itemsize
     for file, parts in reads:
@@ -81,17 +103,16 @@ def read_parts(
         whole = not shape.fixed or (not single and (all(part.in_order for part in parts) or _whole(file, parts, check)))
         for part in parts:
             if not whole:
-                _read_rows(file, part, out, wanted, check)
+                rows.append((file, part))
             elif part.in_order and _as_is(shape, wanted):
                 start = int(part.into[0]) * row_bytes
-                stop = start + shape.chunk_bytes
-                pairs = zip(part.places.tolist(), part.cells.tolist(), strict=True)
-                chunks += [(file, part, place, cell, flat[cell, start:stop]) for place, cell in pairs]
+                chunks += _chunks(file, part, flat[:, start : start + shape.chunk_bytes])
             else:
-                pairs = zip(part.places.tolist(), part.cells.tolist(), strict=True)
-                chunks += [(file, part, place, cell, None) for place, cell in pairs]
+                chunks += _chunks(file, part, None)
     if chunks:
         _read_chunks(chunks, out, wanted, check)
+    if rows:
+        _read_every_row(rows, out, wanted, check)
 
 
 def _whole(file: OpenFile, parts: Sequence[Part], check: bool) -> bool:
@@ -111,7 +132,7 @@ def _as_is(shape: ShardFile, wanted: str) -> bool:
 def _read_chunks(chunks: list[_Chunk], out: np.ndarray, wanted: str, check: bool) -> None:
     """Those in memory first; then the others, all asked for before the first is read."""
     waiting, cold = deque(chunks), deque()
-    size = sum(file.chunks[place][1] for file, _, place, _, _ in chunks)
+    size = sum(chunk.length for chunk in chunks)
 
     def read_cached() -> None:
         scratch = _Scratch()
@@ -135,11 +156,11 @@ def _read_chunks(chunks: list[_Chunk], out: np.ndarray, wanted: str, check: bool
     threads = min(len(chunks), os.cpu_count() or 1) if size >= _THREADS_FROM_BYTES else 1
     _together(read_cached, threads)
     if cold:
-        order = sorted(cold, key=lambda chunk: (id(chunk[0]), chunk[2]))
-        for file, _, place, _, _ in order:
-            file.file.will_need(*file.chunks[place][:2])
+        order = sorted(cold, key=lambda chunk: (id(chunk.file), chunk.place))
+        for chunk in order:
+            chunk.file.file.will_need(chunk.offset, chunk.length)
         cold = deque(order)
-        _together(read_cold, min(len(cold), chunks[0][0].committed.place.parallel))
+        _together(read_cold, min(len(cold), chunks[0].file.committed.place.parallel))
 
 
 def _together(work, threads: int) -> None:
@@ -148,7 +169,8 @@ def _together(work, threads: int) -> None:
     try:
         work()
     finally:
-        errors = [other.exception() for other in others]
+        # One that has not begun has nothing left to do.
+        errors = [other.exception() for other in others if not other.cancel()]
     for error in errors:
         if error is not None:
             raise error
@@ -175,19 +197,18 @@ class _Scratch:
 
 def _read_chunk(chunk: _Chunk, out: np.ndarray, wanted: str, check: bool, scratch: _Scratch, wait: bool) -> bool:
     """Read, check, decode and place one chunk. Returns False where it would have had to be waited for."""
-    file, part, place, cell, straight = chunk
-    offset, length, expected = file.chunks[place]
-    data = scratch.take("data", length) if straight is None else straight
+    file, offset = chunk.file, chunk.offset
+    data = scratch.take("data", chunk.length) if chunk.straight is None else chunk.straight
     if wait:
         read_range(file, offset, data)
     elif not _read_cached(file, offset, data):
         return False
-    if check and (found := crc32c(data)) != expected:
+    if check and (found := crc32c(data)) != chunk.crc:
         raise CorruptError(
-            f"{file.committed}: the chunk at byte {offset} ({length} bytes) has crc32c {found:#010x}, but "
-            f"{expected:#010x} was committed: {file.committed.remedy}"
+            f"{file.committed}: the chunk at byte {offset} ({chunk.length} bytes) has crc32c {found:#010x}, but "
+            f"{chunk.crc:#010x} was committed: {file.committed.remedy}"
         )
-    if straight is not None:
+    if chunk.straight is not None:
         return True
     rows, shape = data, file.committed.shape
     if not shape.fixed:
@@ -199,8 +220,8 @@ def _read_chunk(chunk: _Chunk, out: np.ndarray, wanted: str, check: bool, scratc
                 f"{file.committed}: the chunk at byte {offset} cannot be decompressed ({error}): {file.committed.remedy}"
             ) from error
     rows = rows.view(shape.stored).reshape(shape.rows, shape.width)
-    scale = None if file.scale is None else file.scale[place]
-    _place(rows, scale, part, shape, wanted, out[cell])
+    scale = None if file.scale is None else file.scale[chunk.place]
+    _place(rows, scale, chunk.part, shape, wanted, out[chunk.cell])
     return True
 
 
@@ -241,12 +262,45 @@ def _unreadable(file: OpenFile, offset: int, error: Exception) -> CorruptError:
     return CorruptError(f"{file.committed}: {what} at byte {offset}: check the disk (dmesg); {file.committed.remedy}")
 
 
-def _read_rows(file: OpenFile, part: Part, out: np.ndarray, wanted: str, check: bool) -> None:
-    """Single rows, checked by their own checksums."""
+def _read_every_row(reads: list[tuple[OpenFile, Part]], out: np.ndarray, wanted: str, check: bool) -> None:
+    """Single rows of several files. Once one of them comes from a disk, it is told of all others."""
+    waiting, announced = deque(reads), False
+
+    def work() -> None:
+        nonlocal announced
+        while waiting:
+            try:
+                file, part = waiting.popleft()
+            except IndexError:
+                return
+            if _read_rows(file, part, out, wanted, check, announced) and not announced:
+                announced = True
+                for others in list(waiting):
+                    _announce(*others)
+
+    # Mapped memory is copied by one thread: the interpreter would not let another one in between.
+    mapped = reads[0][0].rows is not None
+    _together(work, 1 if mapped else min(len(reads), reads[0][0].committed.place.parallel))
+
+
+def _announce(file: OpenFile, part: Part) -> None:
+    for offset, length in _ranges(file, part):
+        file.file.will_need(offset, length)
+
+
+def _read_rows(file: OpenFile, part: Part, out: np.ndarray, wanted: str, check: bool, announced: bool) -> bool:
+    """Single rows, checked by their own checksums. Returns whether they came from a disk.
+
+    announced : whether the disk was told of them.
+    """
     shape = file.committed.shape
+    if check and not announced and not file.has_row_checksums:
+        _announce(file, part)  # so that it works on them while it is asked for their checksums
+        announced = True
+    expected = file.row_checksums if check else None
     places, slots, cells, into = map(_regular, (part.places, part.slots, part.cells, part.into))
     regular = all(isinstance(index, slice) for index in (places, slots, cells, into))
-    placed = False
+    placed = cold = False
     if file.rows is None:
         rows = _fetch(file, part)
     elif regular:
@@ -254,13 +308,13 @@ def _read_rows(file: OpenFile, part: Part, out: np.ndarray, wanted: str, check: 
         source = file.rows[places, slots]
         placed = _as_is(shape, wanted)
         rows = out.view(shape.stored)[cells, into] if placed else np.empty(source.shape, shape.stored)
-        _copy_rows(file, part, lambda some: source[some], rows)
+        cold = _copy_rows(file, part, lambda some: source[some], rows, announced)
     else:
         rows = np.empty((len(part.places), len(part.slots), shape.width), shape.stored)
-        _copy_rows(file, part, lambda some: file.rows[part.places[some, None], part.slots], rows)
+        cold = _copy_rows(file, part, lambda some: file.rows[part.places[some, None], part.slots], rows, announced)
     chosen = (places, slots) if regular else (part.places[:, None], part.slots)
-    if check:
-        expected = file.row_checksums[chosen]
+    if expected is not None:
+        expected = expected[chosen]
         found = np.array(row_checksums(rows), np.uint32).reshape(expected.shape)
         if (found != expected).any():
             cell, row = np.argwhere(found != expected)[0].tolist()
@@ -270,14 +324,15 @@ def _read_rows(file: OpenFile, part: Part, out: np.ndarray, wanted: str, check: 
                 f"{int(found[cell, row]):#010x}, but {int(expected[cell, row]):#010x} was stored: {file.committed.remedy}"
             )
     if placed:
-        return
+        return cold
     where = (cells, into) if regular else np.ix_(part.cells, part.into)
     if _as_is(shape, wanted):
         out.view(shape.stored)[where] = rows
-        return
+        return cold
     decoded = np.empty(rows.shape, out.dtype)
     values(rows, None if file.scale is None else file.scale[chosen], shape, wanted, decoded)
     out[where] = decoded
+    return cold
 
 
 def _regular(index: np.ndarray) -> slice | np.ndarray:
@@ -290,20 +345,23 @@ def _regular(index: np.ndarray) -> slice | np.ndarray:
     return index
 
 
-def _copy_rows(file: OpenFile, part: Part, source: Callable[[slice], np.ndarray], out: np.ndarray) -> None:
-    """Copy rows out of mapped memory. source : some of the cells -> their rows.  out : (cell, n, width) as stored.
+def _copy_rows(
+    file: OpenFile, part: Part, source: Callable[[slice], np.ndarray], out: np.ndarray, announced: bool
+) -> bool:
+    """Copy rows out of mapped memory. Returns whether the first of them came from a disk, which is then told of the
+    others before they are waited for one by one.
 
-    Where the first of them come from a disk, it is told of the others before they are waited for one by one.
+    source : some of the cells -> their rows.  out : (cell, n, width) as stored.
     """
-    first = max(1, _PROBE_ROWS // len(part.slots))
+    first = len(out) if announced else max(1, _PROBE_ROWS // len(part.slots))
     start = time.perf_counter()
     out[:first] = source(slice(0, first))
-    if len(out) <= first:
-        return
-    if time.perf_counter() - start > _COLD_SECONDS * first * len(part.slots):
-        for offset, length in _ranges(file, part):
-            file.file.will_need(offset, length)
-    out[first:] = source(slice(first, None))
+    cold = time.perf_counter() - start > _COLD_SECONDS * first * len(part.slots)
+    if len(out) > first:
+        if cold:
+            _announce(file, part)
+        out[first:] = source(slice(first, None))
+    return cold
 
 
 def _ranges(file: OpenFile, part: Part) -> list[tuple[int, int]]:

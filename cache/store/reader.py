@@ -359,9 +359,9 @@ def _unsqueeze(out: np.ndarray, shape: list[int], whole: list[int]) -> np.ndarra
 
 def _select(axis: str, wanted: Any, names: tuple[Any, ...], path: str, hint: str = "") -> tuple[list[int], bool]:
     """(indices along an axis, whether the axis goes)."""
-    known = {name: i for i, name in enumerate(names)}
     if wanted is None:
-        return list(known.values()), False
+        return list(range(len(names))), False
+    known = {name: i for i, name in enumerate(names)}
     one = isinstance(wanted, str) or not isinstance(wanted, Iterable)
     found = []
     for value in [wanted] if one else wanted:

@@ -17,7 +17,7 @@ import numpy as np
 from crc32c import crc32c
 
 from hiddenlake.cache.errors import CaptureError, StoreError
-from hiddenlake.cache.store.checksums import row_checksums
+from hiddenlake.cache.store.checksums import checked_pieces, row_checksums
 from hiddenlake.cache.store.codecs import Encoding
 from hiddenlake.cache.store.coverage import DTYPES, INFINITY
 from hiddenlake.cache.store.layout import Layout
@@ -26,9 +26,9 @@ from hiddenlake.cache.store.shard_file import ShardFile
 # Mappings of other processes' buffers that a process keeps: four buffers x a few sites x a few writers.
 _MAPPINGS = 128
 
-# Elements from one mark of a row that is not written yet to the next. A rank of tensor parallelism writes a block of
-# columns, which is wider.
-_MARK = 64
+# A row that is not written yet is marked in so many places, or at every so many elements where that is wider. Who writes
+# a part of a row only, as a rank of tensor parallelism with its block of columns, leaves a mark.
+_MARKS, _MARK = 16, 64
 
 
 class _Buffer:
@@ -68,7 +68,7 @@ class _Buffer:
         Not everywhere: that would write all memory twice, a third of the time that a shard takes.
         """
         for view in self.views.values():
-            view[..., rows, ::_MARK] = self.nan
+            view[..., rows, :: _mark(view)] = self.nan
             view[..., rows, -1] = self.nan
 
     def _fill(self, rows: Any) -> None:
@@ -147,16 +147,16 @@ class ShardBuffer(_Buffer):
         every = bool(present.all())
         for site, view in self.views.items():
             rows = view[..., slot, :]
-            if not (every and _all_finite(rows, self.dtype)):
+            checksums, finite = _checksums(rows, self.dtype) if every else (None, False)
+            if not finite:
                 self._check(site, rows, present)
-        for site, view in self.views.items():
-            rows = view[..., slot, :]
             if not every:
                 rows[..., ~present, :] = self.nan  # until here it may hold NaN in some places only
-            self.checksums[site][..., slot] = np.reshape(row_checksums(rows), rows.shape[:-1])
+                checksums = row_checksums(rows)
+            self.checksums[site][..., slot] = np.reshape(checksums, rows.shape[:-1])
 
     def _check(self, site: str, rows: np.ndarray, present: np.ndarray) -> None:
-        marks = np.concatenate([rows[..., ::_MARK], rows[..., -1:]], -1)
+        marks = np.concatenate([rows[..., :: _mark(rows)], rows[..., -1:]], -1)
         if rows.dtype == np.uint16:
             infinity = np.uint16(INFINITY[self.dtype])
             bad = (rows & infinity) == infinity
@@ -212,11 +212,11 @@ class TokenBuffer(_Buffer):
             checksums = self.checksums[site].reshape(-1, view.shape[-2])
             # Layer by layer, so that a block is read from memory once.
             for layer, block in enumerate(blocks):
-                if not _all_finite(block, self.dtype):
+                checksums[layer, rows], finite = _checksums(block, self.dtype)
+                if not finite:
                     number = self.layout.coverage.layers[layer]
                     where = f"{site}, layer {number}" if view.ndim == 3 else site
                     raise CaptureError(f"{where}: a token's row is not finite, or was never written: capture it again")
-                checksums[layer, rows] = row_checksums(block)
 
     def seal(self, kept: Iterable[slice]) -> tuple[int, dict[str, Encoding]]:
         """Make everything but the kept rows a hole.
@@ -240,6 +240,20 @@ class TokenBuffer(_Buffer):
             checksums = self.checksums[site].reshape(-1, file.rows).copy()
             sealed[site] = Encoding(file, chunks.__getitem__, checksums)
         return columns, sealed
+
+
+def _mark(rows: np.ndarray) -> int:
+    """Elements from one mark to the next."""
+    return max(_MARK, rows.shape[-1] // _MARKS)
+
+
+def _checksums(rows: np.ndarray, dtype: str) -> tuple[list[int], bool]:
+    """crc32c of each row, and whether all values are finite."""
+    checksums, finite = [], True
+    for piece, crcs in checked_pieces(rows):
+        checksums += crcs
+        finite = finite and _all_finite(piece, dtype)
+    return checksums, finite
 
 
 def _all_finite(bits: np.ndarray, dtype: str) -> bool:

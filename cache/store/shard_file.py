@@ -41,32 +41,32 @@ class ShardFile:
     columns: int | None = None
     codec: str = "none"
 
-    @property
+    @cached_property
     def bits(self) -> np.dtype:
         """What a value is in memory."""
         return DTYPES[self.dtype][0]
 
-    @property
+    @cached_property
     def stored(self) -> np.dtype:
         """What a value is in the file, once it is decompressed."""
         return np.dtype(np.uint8) if self.codec == "fp8" else self.bits
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of a row in the file, once it is decompressed."""
         return self.width * self.stored.itemsize
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         """Bytes of a chunk, once it is decompressed."""
         return self.rows * self.row_bytes
 
-    @property
+    @cached_property
     def fixed(self) -> bool:
         """Whether all chunks are of one size, so that rows can be read by themselves."""
         return self.codec != "zstd"
 
-    @property
+    @cached_property
     def pitch(self) -> int:
         """Bytes from the start of one chunk to the start of the next, where that is fixed."""
         return padded(self.chunk_bytes)
@@ -85,14 +85,24 @@ class ShardFile:
         return places
 
     def lengths(self, record: ChunkRecord) -> np.ndarray:
-        """(place,) bytes of each chunk that is in the file, without its checksum."""
-        if self.fixed:
-            return np.full(len(self.present), self.chunk_bytes)
-        return np.frombuffer(record.lengths, "<u4").astype(np.int64)
+        """(place,) bytes of each chunk that is in the file, without its checksum. Not to be written to."""
+        return self._fixed_lengths if self.fixed else np.frombuffer(record.lengths, "<u4").astype(np.int64)
 
     def offsets(self, lengths: np.ndarray) -> np.ndarray:
-        """(place + 1,) where each chunk that is in the file starts; the last is where the index does."""
-        return np.concatenate([[0], np.cumsum(padded(lengths))])
+        """(place + 1,) where each chunk that is in the file starts; the last is where the index does. Not to be
+        written to.
+        """
+        return self._fixed_offsets if lengths is self._fixed_lengths else _offsets(lengths)
+
+    # Computed once for all files of a shape: a read that opens hundreds of them would wait for it.
+
+    @cached_property
+    def _fixed_lengths(self) -> np.ndarray:
+        return np.full(len(self.present), self.chunk_bytes)
+
+    @cached_property
+    def _fixed_offsets(self) -> np.ndarray:
+        return _offsets(self._fixed_lengths)
 
     def index(self, lengths: np.ndarray) -> bytes:
         """The shard index of sharding_indexed: (offset, bytes) a chunk, little-endian uint64, and its crc32c."""
@@ -120,6 +130,10 @@ class ShardFile:
         """Of a view of a file that holds all chunks, as they are, as an array of `shape`, in bytes."""
         outer = tuple(self.pitch * math.prod(self.outer[axis + 1 :]) for axis in range(len(self.outer)))
         return (*outer, self.row_bytes, self.stored.itemsize)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(padded(lengths))])
 
 
 def padded(size):

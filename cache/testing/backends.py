@@ -34,7 +34,9 @@ class BackendTests(FileTests):
         assert empty.read(f"{name}/zarr.json") == ROOT
 
     def test_a_file_is_created_once(self, place: Backend) -> None:
-        assert place.create("commits/0.json", b"first")
+        assert place.create("commits/0.json", b"first", durable=False)
+        place.settle("commits/0.json")
+        assert not place.create("commits/0.json", b"second", durable=False)
         assert not place.create("commits/0.json", b"second")
         assert not place.create("commits/0.json", b"first")
         assert place.read("commits/0.json") == b"first" and place.list_files("commits") == ["0.json"]

@@ -174,7 +174,8 @@ def verify_document(path, lie):
     write_document(path / "verify.json", lie)
 
 
-@case("claims/0", *DOCUMENTS)
+# One with nothing in it is what a power cut may leave, and nobody's.
+@case("claims/0", *(name for name in DOCUMENTS if name != "nothing"))
 def claim_document(path, lie):
     (path / "commits" / "0.json").unlink()
     write_document(path / "claims" / "0", lie)

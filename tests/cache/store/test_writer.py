@@ -330,6 +330,19 @@ def test_a_claim_of_a_dead_writer_is_taken_over_and_its_leftovers_removed(tiny, 
     assert verify(path).ok
 
 
+@pytest.mark.parametrize("left", [lambda raw: b"", lambda raw: bytes(len(raw)), lambda raw: raw[: len(raw) // 2]])
+def test_what_a_power_cut_leaves_of_a_claim_is_nobodys(tiny, tmp_path, assert_holds, left):
+    path = tmp_path / "c"
+    with tiny.open_tiny(path, 8):
+        pass
+    raw = to_json_bytes(sign({"writer": "0123456789abcdef", "fencing": 1}))
+    (path / "claims" / "0").write_bytes(left(raw))
+    tiny.write(path, 8)
+    assert_holds(path, complete=8)
+    assert verify(path).ok
+    assert json.loads((path / "claims" / "0").read_text())["fencing"] == 1
+
+
 def test_a_writer_that_commits_and_leaves_while_another_claims_is_not_taken_for_dead(
     tiny, tmp_path, monkeypatch, assert_holds
 ):
