@@ -5,6 +5,7 @@ and read by more threads, so that a cold disk, or an object store, works on all 
 gathered from mapped memory: a system call for each would take ten times as long as the copy.
 """
 
+import itertools
 import math
 import os
 import time
@@ -26,6 +27,13 @@ from hiddenlake.cache.store.shard_file import ShardFile
 
 # Below this, waking a thread takes as long as it saves.
 _THREADS_FROM_BYTES = 1 << 20
+
+# Chunks that are not in memory before it is taken for granted that the others are not.
+_COLD_CHUNKS = 16
+
+# What a cold disk is told of ahead of what is read from it. Of more it would be told only as fast as it reads, and nothing
+# would be copied meanwhile.
+_AHEAD_BYTES = 64 << 20
 
 # A row that takes longer than this came from a disk.
 _COLD_SECONDS = 30e-6
@@ -130,13 +138,13 @@ def _as_is(shape: ShardFile, wanted: str) -> bool:
 
 
 def _read_chunks(chunks: list[_Chunk], out: np.ndarray, wanted: str, check: bool) -> None:
-    """Those in memory first; then the others, all asked for before the first is read."""
+    """Those in memory first; then the others, asked for before they are read."""
     waiting, cold = deque(chunks), deque()
     size = sum(chunk.length for chunk in chunks)
 
     def read_cached() -> None:
         scratch = _Scratch()
-        while waiting:
+        while waiting and len(cold) < _COLD_CHUNKS:
             try:
                 chunk = waiting.popleft()
             except IndexError:
@@ -146,21 +154,25 @@ def _read_chunks(chunks: list[_Chunk], out: np.ndarray, wanted: str, check: bool
 
     def read_cold() -> None:
         scratch = _Scratch()
-        while cold:
+        while waiting:
             try:
-                chunk = cold.popleft()
+                chunk = waiting.popleft()
             except IndexError:
                 return
+            announce(1)
             _read_chunk(chunk, out, wanted, check, scratch, wait=True)
+
+    def announce(count: int) -> None:
+        for chunk in itertools.islice(announced, count):
+            chunk.file.file.will_need(chunk.offset, chunk.length)
 
     threads = min(len(chunks), os.cpu_count() or 1) if size >= _THREADS_FROM_BYTES else 1
     _together(read_cached, threads)
     if cold:
-        order = sorted(cold, key=lambda chunk: (id(chunk.file), chunk.place))
-        for chunk in order:
-            chunk.file.file.will_need(chunk.offset, chunk.length)
-        cold = deque(order)
-        _together(read_cold, min(len(cold), chunks[0].file.committed.place.parallel))
+        waiting = deque(sorted([*cold, *waiting], key=lambda chunk: (id(chunk.file), chunk.place)))
+        announced = iter(list(waiting))
+        announce(max(1, len(waiting) * _AHEAD_BYTES // size))
+        _together(read_cold, min(len(waiting), chunks[0].file.committed.place.parallel))
 
 
 def _together(work, threads: int) -> None:
