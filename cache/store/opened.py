@@ -76,7 +76,10 @@ class OpenFile:
 
     offsets, lengths : (place,) where each chunk that is in the file starts, and its bytes without the checksum.
     crcs : (place,) crc32c of each as it is stored, from the commit.
+    new : whether nothing was read since it was opened.
     """
+
+    new = True
 
     def __init__(self, committed: Committed) -> None:
         self.committed = committed

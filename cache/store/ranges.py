@@ -104,6 +104,7 @@ def read_parts(
         return
     chunks: list[_Chunk] = []
     rows: list[tuple[OpenFile, Part]] = []
+    asked = 0
     flat = out.reshape(out.shape[0], -1).view(np.uint8)
     row_bytes = out.shape[-1] * out.itemsize
     for file, parts in reads:
@@ -117,6 +118,13 @@ def read_parts(
                 chunks += _chunks(file, part, flat[:, start : start + shape.chunk_bytes])
             else:
                 chunks += _chunks(file, part, None)
+        # What was not open is rarely in memory: the disk works on it while the rest is made ready.
+        if whole and file.new and asked < _AHEAD_BYTES:
+            for part in parts:
+                for place in part.places.tolist():
+                    file.file.will_need(int(file.offsets[place]), int(file.lengths[place]))
+                    asked += int(file.lengths[place])
+        file.new = False
     if chunks:
         _read_chunks(chunks, out, wanted, check)
     if rows:
