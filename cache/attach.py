@@ -35,7 +35,7 @@ def taps(
     """Keyword arguments that put taps into a vllm.LLM: `vllm.LLM(**hiddenlake.taps("path/to/model"), ...)`.
 
     sites, layers : what may be captured once it is attached.
-    dtype : `bfloat16` or `float32`; default the checkpoint's own.
+    dtype : `bfloat16`, `float16` or `float32`; default the checkpoint's own.
     ring_bytes : host memory in which rows wait for the end of their answers.
     spill : folder for a scratch file of what the ring has no place for; default the system's folder for such.
 

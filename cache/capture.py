@@ -94,7 +94,7 @@ def capture(
     out : the capture's folder, or `s3://bucket/lake/name`; made if absent. One of another identity or coverage is refused.
     sites, layers, positions : as `hiddenlake.cache.sites` and `positions` parse them.
     engine : `vllm`, or `transformers`, the slower reference.
-    dtype : `bfloat16` or `float32`, computed in and stored; default the checkpoint's own.
+    dtype : `bfloat16`, `float16` or `float32`, computed in and stored; default the checkpoint's own.
     max_new_tokens : longest answer, in tokens.
     sampling : how tokens are chosen; greedy by default.
     samples : answers a prompt, each a sample of its own. More can be added later.

@@ -13,7 +13,8 @@ from hiddenlake.cache.families import Family, family_of
 from hiddenlake.cache.identity import digest
 from hiddenlake.cache.quantization import scheme_of
 
-DTYPES = ("bfloat16", "float32")
+# What engines compute in, and bytes of an element.
+DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Model:
     @property
     def itemsize(self) -> int:
         """Bytes of an element of dtype."""
-        return 2 if self.dtype == "bfloat16" else 4
+        return DTYPES[self.dtype]
 
     def encode(self, question: str) -> tuple[str, tuple[int, ...]]:
         """(prompt text, token ids) of one user turn.
@@ -77,7 +78,7 @@ def load_model(path: str | os.PathLike[str], dtype: str | None = None) -> Model:
     """Read a model's config and tokenizer, and identify its weights. Loads no weights.
 
     path : a Hugging Face folder, or a hub id (which must be in the local hub cache, or reachable).
-    dtype : `bfloat16` or `float32`; default the checkpoint's own.
+    dtype : `bfloat16`, `float16` or `float32`; default the checkpoint's own.
 
     Raises BadInputError when there is no such model or its dtype cannot be stored, UnknownNameError for an
     architecture, variant or quantisation that is not supported, CaptureError without transformers.

@@ -12,9 +12,9 @@ _BLOCK = 1 << 20
 
 
 def widen(rows: np.ndarray) -> np.ndarray:
-    """Stored bits as float32, exactly: bfloat16 given as uint16, or float32."""
+    """Rows as float32, exactly: bfloat16 given as uint16, float16, or float32."""
     if rows.dtype != np.uint16:
-        return rows
+        return rows.astype(np.float32, copy=False)
     wide = rows.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
@@ -54,7 +54,9 @@ class Pool:
     def result(self, function: str) -> np.ndarray:
         """(element,) of what was added, as stored bits, rounded to nearest even."""
         value = (self._sum / self.count).astype(np.float32) if function == "mean" else self._max
-        return value.astype(ml_dtypes.bfloat16).view(np.uint16) if self._dtype == np.uint16 else value
+        if self._dtype == np.uint16:
+            return value.astype(ml_dtypes.bfloat16).view(np.uint16)
+        return value.astype(self._dtype, copy=False)
 
     def copy(self) -> Self:
         """A pool that goes on from here; what is added to one is not in the other."""

@@ -137,7 +137,7 @@ def tap_table(
 def find_fault(table: TapTable, rows: np.ndarray, embedding: np.ndarray | None) -> str | None:
     """Why these rows cannot be a sample's, or None.
 
-    rows : (token, element), bfloat16 as uint16 bits, or float32.
+    rows : (token, element), bfloat16 as uint16 bits, float16, or float32.
     embedding : (token, hidden), the same type: what enters block 0 for the token that the answer has there; None in
         a process that does not have the embedding.
 
@@ -159,7 +159,7 @@ def find_fault(table: TapTable, rows: np.ndarray, embedding: np.ndarray | None) 
 
 
 def is_finite(values: np.ndarray) -> np.ndarray:
-    """Elementwise finiteness of float32, or of bfloat16 given as uint16 bits."""
+    """Elementwise finiteness of float16, float32, or bfloat16 given as uint16 bits."""
     if values.dtype == np.uint16:
         return (values & 0x7F80) != 0x7F80
     return np.isfinite(values)
@@ -168,10 +168,12 @@ def is_finite(values: np.ndarray) -> np.ndarray:
 def put_rows(views: Mapping[str, np.ndarray], blocks: Sequence[Block], rows: np.ndarray, place: tuple) -> None:
     """Copy packed rows to where they belong in a shard.
 
-    views : site -> (layer, *axes, width), without layer where the site has none; the type of `rows`.
+    views : site -> (layer, *axes, width), without layer where the site has none; the type of `rows`, or its bits.
     blocks : of the shard's sites and layers, as TapTable.part.  rows : (token, element).
     place : index into `axes` that selects as many cells as there are tokens: (positions, slot), or (tokens,).
     """
+    if rows.dtype == np.float16:
+        rows = rows.view(np.uint16)  # as shards hold it; else it would be rounded to whole numbers
     for block in blocks:
         values = rows[:, block.offset : block.end]
         columns = slice(block.column, block.column + block.width)

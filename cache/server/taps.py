@@ -7,7 +7,7 @@ from typing import Any
 
 from hiddenlake.cache.engines.vllm_setup import TAP_ARGUMENTS
 from hiddenlake.cache.errors import CaptureError
-from hiddenlake.cache.model import Model, load_model
+from hiddenlake.cache.model import DTYPES, Model, load_model
 from hiddenlake.cache.rows import tap_table
 from hiddenlake.cache.sites import parse_layers, parse_sites
 from hiddenlake.cache.worker.plan import Plan
@@ -74,7 +74,7 @@ def find_taps(config: Any) -> Taps | None:
 
 def _row_bytes(plan: Plan) -> int:
     elements = len(tap_table(plan.sites, plan.layers, plan.widths, plan.n_layers))
-    return elements * (2 if plan.dtype == "bfloat16" else 4)
+    return elements * DTYPES[plan.dtype]
 
 
 def served_model(model: Model, config: Any) -> Model:

@@ -29,7 +29,7 @@ class Plan:
 
     positions, tokens : named positions, and token-level coverage or None.
     widths : kind of width -> elements, as Model.widths.
-    dtype : `bfloat16` or `float32`, what is stored.
+    dtype : `bfloat16`, `float16` or `float32`, what is stored.
     ring_rows : rows of the ring; one holds one token of every tap.
     max_rows : most rows that one step can want; None for every token that it computes.
     spill : folder for rows that the ring has no place for, or None: such samples fail.

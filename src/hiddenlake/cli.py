@@ -78,7 +78,9 @@ def capture(
     ] = "paper",
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions.")] = None,
     engine: Annotated[str, typer.Option(help="`vllm`, or `transformers`, the slower reference.")] = "vllm",
-    dtype: Annotated[str | None, typer.Option(help="`bfloat16` or `float32`; default the checkpoint's own.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="`bfloat16`, `float16` or `float32`; default the checkpoint's own.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 for greedy answers.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens that make up this share.")] = 1.0,

@@ -85,7 +85,9 @@ def import_command(
     ] = None,
     layers: Annotated[str, typer.Option(help="0-based layers of a JSONL file's tensors: 13 or 0,5,10-12.")] = "",
     positions: Annotated[str, typer.Option(help="Positions, by comma; `all` for token level.")] = "all",
-    dtype: Annotated[str | None, typer.Option(help="`bfloat16` or `float32`; default what holds all exactly.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="`bfloat16`, `float16` or `float32`; default what holds all exactly.")
+    ] = None,
     buffer_bytes: Annotated[str, typer.Option(help="Memory for the shards being filled and written.")] = "1GiB",
     as_json: Json = False,
 ) -> None:
