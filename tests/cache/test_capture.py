@@ -196,7 +196,7 @@ def test_another_tokens_row_is_refused(tiny_model, tmp_path, monkeypatch):
         ({"sites": ["mlp"]}, UnknownNameError, "unknown site 'mlp'"),
         ({"layers": "3"}, UnknownNameError, "layer 3 does not exist: the model has 3 layers, 0 to 2"),
         ({"positions": "middle"}, UnknownNameError, "unknown position 'middle'"),
-        ({"dtype": "float16"}, BadInputError, "dtype float16 cannot be stored"),
+        ({"dtype": "float64"}, BadInputError, "dtype float64 cannot be stored"),
         ({"max_new_tokens": 0}, BadInputError, "max_new_tokens is 0"),
         ({"ring_bytes": 1000}, CaptureError, "--ring-bytes 1000 is too small"),
         ({"buffer_bytes": 1000}, StoreError, "buffer"),
