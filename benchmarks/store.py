@@ -29,7 +29,6 @@ from _stores import (
     CELL,
     COLUMN,
     CONTIGUOUS,
-    DECODED,
     FULL,
     KINDS,
     OURS,
@@ -170,10 +169,7 @@ def read_rival(bench: StoreBench, rival: Store) -> list[Row]:
                 found = bench.measure_reads([ours, *theirs], kind, cold, rounds)
                 # faster than every peer at one sample, and than TensorStore at a cell
                 goal = 1.0 if kind in (COLUMN, SAMPLE) or (kind is CELL and tensorstore) else None
-                rows += [
-                    read_row(bench, found, kind, cold, ours, case, None if case[1] == DECODED else goal)
-                    for case in theirs
-                ]
+                rows += [read_row(bench, found, kind, cold, ours, case, goal) for case in theirs]
         bench.delete(rival)
     except RuntimeError as error:
         bench.leave_out(rival, error)
