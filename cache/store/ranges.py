@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from crc32c import crc32c
@@ -24,6 +24,8 @@ from hiddenlake.cache.store.checksums import row_checksums
 from hiddenlake.cache.store.codecs import decompress, values
 from hiddenlake.cache.store.opened import OpenFile
 from hiddenlake.cache.store.shard_file import ShardFile
+
+Item = TypeVar("Item")
 
 # Below this, waking a thread takes as long as it saves.
 _THREADS_FROM_BYTES = 1 << 20
@@ -152,21 +154,15 @@ def _read_chunks(chunks: list[_Chunk], out: np.ndarray, wanted: str, check: bool
 
     def read_cached() -> None:
         scratch = _Scratch()
-        while waiting and len(cold) < _COLD_CHUNKS:
-            try:
-                chunk = waiting.popleft()
-            except IndexError:
-                return
+        for chunk in _taken(waiting):
             if not _read_chunk(chunk, out, wanted, check, scratch, wait=False):
                 cold.append(chunk)
+            if len(cold) >= _COLD_CHUNKS:
+                return
 
     def read_cold() -> None:
         scratch = _Scratch()
-        while waiting:
-            try:
-                chunk = waiting.popleft()
-            except IndexError:
-                return
+        for chunk in _taken(waiting):
             announce(1)
             _read_chunk(chunk, out, wanted, check, scratch, wait=True)
 
@@ -181,6 +177,16 @@ def _read_chunks(chunks: list[_Chunk], out: np.ndarray, wanted: str, check: bool
         announced = iter(list(waiting))
         announce(max(1, len(waiting) * _AHEAD_BYTES // size))
         _together(read_cold, min(len(waiting), chunks[0].file.committed.place.parallel))
+
+
+def _taken(waiting: deque[Item]) -> Iterator[Item]:
+    """One after the other, each by one thread, until none is left."""
+    while True:
+        try:
+            item = waiting.popleft()
+        except IndexError:
+            return
+        yield item
 
 
 def _together(work, threads: int) -> None:
@@ -288,11 +294,7 @@ def _read_every_row(reads: list[tuple[OpenFile, Part]], out: np.ndarray, wanted:
 
     def work() -> None:
         nonlocal announced
-        while waiting:
-            try:
-                file, part = waiting.popleft()
-            except IndexError:
-                return
+        for file, part in _taken(waiting):
             if _read_rows(file, part, out, wanted, check, announced) and not announced:
                 announced = True
                 for others in list(waiting):
@@ -406,11 +408,7 @@ def _fetch(file: OpenFile, part: Part) -> np.ndarray:
     waiting = deque(zip(ranges, ends, strict=True))
 
     def read() -> None:
-        while waiting:
-            try:
-                (offset, length), end = waiting.popleft()
-            except IndexError:
-                return
+        for (offset, length), end in _taken(waiting):
             read_range(file, offset, data[end - length : end])
 
     _together(read, min(len(ranges), file.committed.place.parallel))
