@@ -96,7 +96,7 @@ def _check_chunk(
         data = plain
     stored_rows = data.view(shape.stored).reshape(shape.rows, shape.width)
     if rows is not None:
-        wrong = np.flatnonzero(np.array(row_checksums(stored_rows), np.uint32) != rows)
+        wrong = np.flatnonzero(row_checksums(stored_rows) != rows)
         for slot in wrong.tolist():
             yield Problem(name, start_of(slot), f"row {slot} of the chunk differs from its row_crc")
     decoded = np.empty(stored_rows.shape, result_dtype(shape, "float32"))

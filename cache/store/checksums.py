@@ -80,13 +80,14 @@ def combine(crcs: np.ndarray, length: int) -> np.ndarray:
     return crcs[..., 0]
 
 
-def row_checksums(rows: np.ndarray) -> list[int]:
-    """crc32c of each row of an array (..., width) whose rows are contiguous, in C order."""
-    return [crc for _, crcs in checked_pieces(rows) for crc in crcs]
+def row_checksums(rows: np.ndarray) -> np.ndarray:
+    """crc32c of each row of an array (..., width) whose rows are contiguous: (rows,) uint32, in C order."""
+    return np.concatenate([np.empty(0, np.uint32), *(crcs for _, crcs in checked_pieces(rows))])
 
 
-def checked_pieces(rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """(row, width) of an array (..., width) whose rows are contiguous, piece by piece in C order, and crc32c of each row.
+def checked_pieces(rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(row, width) of an array (..., width) whose rows are contiguous, piece by piece in C order, and crc32c of each row,
+    (row,) uint32.
 
     A piece is a copy, in memory that is used again for the next: it stays in the CPU's cache for whatever else is asked
     of it, and its rows need not be made into objects again, which takes as long as their checksums do.
@@ -97,7 +98,7 @@ def checked_pieces(rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[int]]]:
     for start in range(0, len(flat), len(views)):
         piece = memory[: min(len(views), len(flat) - start)]
         np.copyto(piece, flat[start : start + len(piece)])
-        yield piece, list(map(crc32c, views[: len(piece)]))
+        yield piece, np.fromiter(map(crc32c, views), np.uint32, len(piece))
 
 
 class _Scratch(threading.local):

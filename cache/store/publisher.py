@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from hiddenlake.cache.errors import StoreError
 from hiddenlake.cache.samples import Sample
@@ -23,6 +23,8 @@ from hiddenlake.cache.store.derived import derived_chunks
 from hiddenlake.cache.store.layout import TOKENS, Layout, encode_numbers
 from hiddenlake.cache.store.shard import Shard, ShardBuffer, TokenBuffer, TokenShard
 from hiddenlake.cache.store.tables import encode_samples
+
+_AnyBuffer = TypeVar("_AnyBuffer", ShardBuffer, TokenBuffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ class Publisher:
         def publish(files: dict[str, Record], losses: dict[str, Loss]) -> None:
             self._waiting.append(_Waiting(k, shard.fencing, samples, spans, files, losses))
 
-        return self._submit(sample_claim(k), write, publish, lambda: recycle(shard.buffer))
+        return self._submit(sample_claim(k), shard.buffer, write, publish, recycle)
 
     def publish_tokens(
         self, shard: TokenShard, kept: list[slice], recycle: Callable[[TokenBuffer], None]
@@ -171,7 +173,7 @@ class Publisher:
             with self._lock:
                 self.bytes_written += sum(record.size for record in files.values())
 
-        return self._submit(token_claim(j), write, publish, lambda: recycle(shard.buffer))
+        return self._submit(token_claim(j), shard.buffer, write, publish, recycle)
 
     @staticmethod
     def _add(batch: Batch, data: str, row_crc: str, scale: str, encoding: Encoding) -> dict[str, Record]:
@@ -188,9 +190,10 @@ class Publisher:
     def _submit(
         self,
         claim: str,
+        buffer: _AnyBuffer,
         write: Callable[[Batch], tuple[dict[str, Record], dict[str, Loss]]],
         publish: Callable[[dict[str, Record], dict[str, Loss]], None],
-        recycle: Callable[[], None],
+        recycle: Callable[[_AnyBuffer], None],
     ) -> Future[None]:
         """Returns the future of what frees the buffer; that of the rest is among `pending` too."""
 
@@ -202,8 +205,9 @@ class Publisher:
             batch = self.place.batch()
             with self._noting_errors(batch):
                 found = write(batch)
+            buffer.renew()
             with self._lock:
-                recycle()
+                recycle(buffer)
             return batch, *found
 
         def publishing() -> None:

@@ -337,7 +337,7 @@ def _read_rows(file: OpenFile, part: Part, out: np.ndarray, wanted: str, check: 
     chosen = (places, slots) if regular else (part.places[:, None], part.slots)
     if expected is not None:
         expected = expected[chosen]
-        found = np.array(row_checksums(rows), np.uint32).reshape(expected.shape)
+        found = row_checksums(rows).reshape(expected.shape)
         if (found != expected).any():
             cell, row = np.argwhere(found != expected)[0].tolist()
             offset = int(file.offsets[part.places[cell]]) + int(part.slots[row]) * shape.row_bytes

@@ -26,9 +26,9 @@ from hiddenlake.cache.store.shard_file import ShardFile
 # Mappings of other processes' buffers that a process keeps: four buffers x a few sites x a few writers.
 _MAPPINGS = 128
 
-# A row that is not written yet is marked in so many places, or at every so many elements where that is wider. Who writes
-# a part of a row only, as a rank of tensor parallelism with its block of columns, leaves a mark.
-_MARKS, _MARK = 16, 64
+# A row that is not written yet is marked in at least so many places. Whoever writes only a part of it, as one of up to
+# so many ranks of tensor parallelism does with its block of columns, leaves a mark.
+_MARKS = 16
 
 
 class _Buffer:
@@ -38,11 +38,12 @@ class _Buffer:
     checksums : site -> crc32c of each row, uint32, the shape of the view without its last axis.
     """
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, rows: int) -> None:
         self.dtype = dtype
         self.views: dict[str, np.ndarray] = {}
         self.checksums: dict[str, np.ndarray] = {}
         self._descriptors: dict[str, int] = {}
+        self._marked = np.zeros(rows, bool)
 
     def _allocate(self, site: str, size: int, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> mmap.mmap:
         # A memfd has no name to leak and is mapped by other processes through /proc.
@@ -62,11 +63,22 @@ class _Buffer:
         """The bits of NaN."""
         return DTYPES[self.dtype][2]
 
-    def _mark(self, rows: Any) -> None:
-        """Put NaN here and there into rows, so that one that nobody writes is not finite. rows : index before the width.
+    def clear(self, rows: int | slice) -> None:
+        """Forget what rows held, before they are handed out, so that one that nobody writes is noticed.
 
-        Not everywhere: that would write all memory twice, a third of the time that a shard takes.
+        rows : index before the width: a slot, or tokens.
         """
+        if not self._marked[rows].all():
+            self._mark(rows)
+        self._marked[rows] = False
+
+    def renew(self) -> None:
+        """Forget what all rows held: sooner done than row by row, and while another buffer is being filled."""
+        self._mark(slice(None))
+        self._marked[:] = True
+
+    def _mark(self, rows: int | slice) -> None:
+        """Put NaN here and there into rows. Not everywhere: that would write all memory twice."""
         for view in self.views.values():
             view[..., rows, :: _mark(view)] = self.nan
             view[..., rows, -1] = self.nan
@@ -106,14 +118,14 @@ class _Buffer:
 
 
 class ShardBuffer(_Buffer):
-    """Memory for one sample shard. A slot is cleared before it is handed out.
+    """Memory for one sample shard.
 
     views : site -> (layer, position, sample, width) of bits, or (position, sample, width) for a site without layers.
         Where chunks are stored as they are, the memory is the file, byte for byte.
     """
 
     def __init__(self, layout: Layout) -> None:
-        super().__init__(layout.coverage.dtype)
+        super().__init__(layout.coverage.dtype, layout.samples)
         self.layout = layout
         self._images: dict[str, np.ndarray] = {}
         for site, file in layout.files.items():
@@ -128,10 +140,6 @@ class ShardBuffer(_Buffer):
         """See _Buffer."""
         super().close()
         self._images.clear()
-
-    def clear(self, slot: int) -> None:
-        """Forget what a slot held, so that a row that nobody writes is noticed."""
-        self._mark(slot)
 
     def empty(self, slot: int) -> None:
         """A slot holds no sample."""
@@ -153,7 +161,7 @@ class ShardBuffer(_Buffer):
             if not every:
                 rows[..., ~present, :] = self.nan  # until here it may hold NaN in some places only
                 checksums = row_checksums(rows)
-            self.checksums[site][..., slot] = np.reshape(checksums, rows.shape[:-1])
+            self.checksums[site][..., slot] = checksums.reshape(rows.shape[:-1])
 
     def _check(self, site: str, rows: np.ndarray, present: np.ndarray) -> None:
         marks = np.concatenate([rows[..., :: _mark(rows)], rows[..., -1:]], -1)
@@ -186,21 +194,17 @@ class ShardBuffer(_Buffer):
 
 
 class TokenBuffer(_Buffer):
-    """Memory for one token shard. Rows are cleared before they are handed out.
+    """Memory for one token shard.
 
     views : site -> (layer, token, width) of bits, or (token, width) for a site without layers.
     """
 
     def __init__(self, layout: Layout) -> None:
-        super().__init__(layout.coverage.dtype)
+        super().__init__(layout.coverage.dtype, layout.shard_tokens)
         self.layout = layout
         for site, file in layout.token_files.items():
             shape = (*file.outer[:-1], layout.shard_tokens, file.width)
             self._allocate(site, int(np.prod(shape)) * file.bits.itemsize, shape, None)
-
-    def clear(self, rows: slice) -> None:
-        """Forget what rows held, so that one that nobody writes is noticed."""
-        self._mark(rows)
 
     def finish(self, rows: slice) -> None:
         """Keep the checksums of rows, which do not change from here on.
@@ -244,16 +248,16 @@ class TokenBuffer(_Buffer):
 
 def _mark(rows: np.ndarray) -> int:
     """Elements from one mark to the next."""
-    return max(_MARK, rows.shape[-1] // _MARKS)
+    return max(1, rows.shape[-1] // _MARKS)
 
 
-def _checksums(rows: np.ndarray, dtype: str) -> tuple[list[int], bool]:
-    """crc32c of each row, and whether all values are finite."""
-    checksums, finite = [], True
+def _checksums(rows: np.ndarray, dtype: str) -> tuple[np.ndarray, bool]:
+    """crc32c of each row, (rows,) uint32, and whether all values are finite."""
+    checksums, finite = [np.empty(0, np.uint32)], True
     for piece, crcs in checked_pieces(rows):
-        checksums += crcs
+        checksums.append(crcs)
         finite = finite and _all_finite(piece, dtype)
-    return checksums, finite
+    return np.concatenate(checksums), finite
 
 
 def _all_finite(bits: np.ndarray, dtype: str) -> bool:
