@@ -1,5 +1,6 @@
 """What the store benchmark compares: sizes, stores, and the reads that are asked of each."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,10 @@ SHUFFLED = Store("hiddenlake, arrived in another order", "store_hiddenlake.py", 
 SHARDS = Store(
     "plain files", "store_raw.py", "the same bytes, in order already, one file a shard, written and fsynced: the limit",
     more={"files": "one a shard"},
+)  # fmt: skip
+DIRECT = Store(
+    "plain files, O_DIRECT", "store_raw.py", "the same, past the page cache, as ours are written: the disk's own limit",
+    more={"files": "one a shard", "flags": os.O_DIRECT},
 )  # fmt: skip
 CONTIGUOUS = Store(
     "one contiguous read", "store_raw.py", "one preadv of as many bytes from one open file: the limit",

@@ -29,6 +29,7 @@ from _stores import (
     CELL,
     COLUMN,
     CONTIGUOUS,
+    DIRECT,
     FULL,
     KINDS,
     OURS,
@@ -70,8 +71,8 @@ SHUFFLED_INTO_BUFFER = (SHUFFLED, "checked, into a buffer")
 def write_limits(bench: StoreBench) -> list[Row]:
     """Ours beside plain files and TensorStore, and its memory."""
     tensorstore = RIVALS["tensorstore"]
-    costs = bench.measure_writes((SHARDS, OURS, tensorstore), bench.rounds.writes, warm_up=True)
-    rows = [write_row(bench, costs, SHARDS, 0.95)]
+    costs = bench.measure_writes((SHARDS, DIRECT, OURS, tensorstore), bench.rounds.writes, warm_up=True)
+    rows = [write_row(bench, costs, SHARDS, 0.95), write_row(bench, costs, DIRECT, None)]
     rows += [] if tensorstore in bench.failed else [write_row(bench, costs, tensorstore, 1.0)]
     allowed = bench.layout.buffer_bytes + BESIDE_BUFFERS
     peaks = costs[OURS].peak
@@ -244,7 +245,7 @@ def print_foot(rivals: Sequence[Store]) -> None:
         "Ours also writes `embed`, a checksum of each row and the samples' table.\n"
         "- read: milliseconds and CPU milliseconds of one. cold: bytes from the disk for each that was asked for."
     )
-    for store in (SHARDS, CONTIGUOUS, *rivals):
+    for store in (SHARDS, DIRECT, CONTIGUOUS, *rivals):
         print(f"- {store.name}: {store.means}.")
 
 

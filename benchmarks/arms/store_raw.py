@@ -1,5 +1,6 @@
 """The limits: bytes that are in order already, written to plain files; and one contiguous, positioned read."""
 
+import mmap
 import os
 from typing import Any
 
@@ -12,13 +13,14 @@ _PAGE = 4096
 
 
 class Raw(StoreArm):
-    """spec: "files": one a shard, or one in all, which is what is read from."""
+    """spec: "files": one a shard, or one in all, which is what is read from; "flags": of `open`, beside the usual."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)
-        self._shard = np.resize(
-            self.rows.sample(0).ravel(), self.shape.bytes // self.shape.samples // 2 * self.shape.shard
-        )
+        sample = self.rows.sample(0).ravel().view(np.uint8)
+        # starts on a page, as what goes past the page cache must
+        self._shard = mmap.mmap(-1, len(sample) * self.shape.shard)
+        np.frombuffer(self._shard, np.uint8).reshape(-1, len(sample))[:] = sample
         self._buffer = np.zeros(0, np.uint8)
 
     def write(self) -> None:
@@ -26,8 +28,8 @@ class Raw(StoreArm):
         one = None
         for k, samples in enumerate(self.rows.blocks()):
             if self.spec["files"] == "one a shard" or one is None:
-                one = os.open(self.folder / str(k), os.O_CREAT | os.O_WRONLY)
-            rest = memoryview(self._shard).cast("B")[: self.shape.bytes // self.shape.samples * len(samples)]
+                one = os.open(self.folder / str(k), os.O_CREAT | os.O_WRONLY | self.spec.get("flags", 0))
+            rest = memoryview(self._shard)[: self.shape.bytes // self.shape.samples * len(samples)]
             while rest:
                 rest = rest[os.write(one, rest) :]
             if self.spec["files"] == "one a shard":
