@@ -1,4 +1,4 @@
-"""Rows of a user's file: JSONL or CSV, UTF-8, each with where it stands for messages."""
+"""Rows of a user's file: JSONL, CSV or TSV, UTF-8, each with where it stands for messages."""
 
 import csv
 import json
@@ -8,7 +8,9 @@ from typing import Any
 
 from hiddenlake.cache.errors import BadInputError
 
-SUFFIXES = (".jsonl", ".csv")
+# What lies between the cells of a table.
+_BETWEEN = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".jsonl", *_BETWEEN)
 
 # Columns that hold lists.
 _LISTS = ("answers", "wrong_answers")
@@ -22,14 +24,14 @@ def read_rows(path: Path, check: Check, example: str) -> Iterator[tuple[str, dic
 
     check : of the column names, called with where they stand.  example : a good row, for messages.
 
-    Raises BadInputError, naming the line, for what is not JSONL or CSV.
+    Raises BadInputError, naming the line, for anything else.
     """
     if path.suffix not in SUFFIXES:
         raise BadInputError(f"{path}: expected a file whose name ends in {' or '.join(SUFFIXES)}")
     if not path.is_file():
         raise BadInputError(f"{path}: no such file")
-    if path.suffix == ".csv":
-        yield from _read_csv(path, check)
+    if path.suffix in _BETWEEN:
+        yield from _read_table(path, check, _BETWEEN[path.suffix])
         return
     for where, row in _read_jsonl(path, example):
         check(row, where)
@@ -75,15 +77,18 @@ def _read_jsonl(path: Path, example: str) -> Iterator[tuple[str, dict[str, Any]]
         yield where, row
 
 
-def _read_csv(path: Path, check: Check) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.reader(_lines(path), strict=True)
+def _read_table(path: Path, check: Check, between: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.reader(_lines(path), delimiter=between, strict=True)
     header: list[str] | None = None
     while True:
         where = f"{path}, line {reader.line_num + 1}"
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise BadInputError(f'{where}: not CSV ({error}): expected cells apart by commas, quoted by "') from error
+            apart, name = ("commas", "CSV") if between == "," else ("tabs", "TSV")
+            raise BadInputError(
+                f'{where}: not {name} ({error}): expected cells apart by {apart}, quoted by "'
+            ) from error
         if cells is None:
             return
         if not cells:
@@ -97,7 +102,7 @@ def _read_csv(path: Path, check: Check) -> Iterator[tuple[str, dict[str, Any]]]:
         if len(cells) != len(header):
             raise BadInputError(
                 f"{where}: found {len(cells)} cells: expected {len(header)} ({', '.join(header)}); "
-                f"a cell with a comma in it is quoted"
+                f"a cell with a {'comma' if between == ',' else 'tab'} in it is quoted"
             )
         # An empty cell is how CSV leaves something out.
         row: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
