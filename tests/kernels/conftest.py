@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hiddenlake.kernels import gather, quantize
+from hiddenlake.kernels import gather, logistic, quantize
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,11 @@ def device() -> Iterator[torch.device]:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setattr(interpreter, "_convert_float", _rounding(interpreter))
         patch.setattr(interpreter.tl, "max", _maximum)
-        for module in (gather, quantize):
+        patch.setattr(interpreter.tl, "sum", _sum)
+        for module in (gather, logistic, quantize):
             module._jitted.cache_clear()
         yield torch.device("cpu")
-    for module in (gather, quantize):
+    for module in (gather, logistic, quantize):
         module._jitted.cache_clear()
 
 
@@ -49,3 +50,10 @@ def _maximum(values: object, axis: int) -> object:
     from triton import language as tl
 
     return tl.reduce(values, axis, tl.standard._elementwise_max)  # the interpreter replaces tl.reduce, and knows this
+
+
+def _sum(values: object, axis: int) -> object:
+    """tl.sum, likewise."""
+    from triton import language as tl
+
+    return tl.reduce(values, axis, tl.standard._sum_combine)
