@@ -37,7 +37,6 @@ from _stores import (
     RIVALS,
     SAMPLE,
     SHARDS,
-    SHARED,
     SHUFFLED,
     SIZES,
     SLAB,
@@ -72,9 +71,8 @@ SHUFFLED_INTO_BUFFER = (SHUFFLED, "checked, into a buffer")
 def write_limits(bench: StoreBench) -> list[Row]:
     """Ours beside plain files and TensorStore, and its memory."""
     tensorstore = RIVALS["tensorstore"]
-    costs = bench.measure_writes((SHARDS, DIRECT, OURS, SHARED, tensorstore), bench.rounds.writes, warm_up=True)
-    rows = [write_row(bench, costs, SHARDS, 0.95), write_row(bench, costs, SHARDS, 0.95, ours=SHARED)]
-    rows.append(write_row(bench, costs, DIRECT, None))
+    costs = bench.measure_writes((SHARDS, DIRECT, OURS, tensorstore), bench.rounds.writes, warm_up=True)
+    rows = [write_row(bench, costs, SHARDS, 0.95), write_row(bench, costs, DIRECT, None)]
     rows += [] if tensorstore in bench.failed else [write_row(bench, costs, tensorstore, 1.0)]
     allowed = bench.layout.buffer_bytes + BESIDE_BUFFERS
     peaks = costs[OURS].peak
@@ -105,17 +103,10 @@ def write_rivals(bench: StoreBench, rivals: Sequence[Store]) -> list[Row]:
 
 
 def write_row(
-    bench: StoreBench,
-    costs: dict[Store, Writes],
-    rival: Store,
-    goal: float | None,
-    *,
-    shipped: bool = False,
-    ours: Store = OURS,
+    bench: StoreBench, costs: dict[Store, Writes], rival: Store, goal: float | None, shipped: bool = False
 ) -> Row:
     """shipped : the rival's own end, without the fsync that it lacks."""
-    case = f"{bench.size.hidden}: write" + (", in memory shared with other processes" if ours is SHARED else "")
-    ours, theirs = costs[ours], costs[rival]
+    ours, theirs = costs[OURS], costs[rival]
     rate = theirs.shipped if shipped else theirs.rate
     note = (
         f"CPU {np.median(ours.cpu):.2f}, {np.median(theirs.cpu):.2f} s/GB; disk {np.median(ours.bytes):.3f}, "
@@ -126,7 +117,7 @@ def write_row(
     if not rival.fsyncs:
         name += ", as shipped, not durable" if shipped else ", and fsync of its files"
     return compare(
-        case, "MB/s", megabytes(ours.rate), megabytes(rate), name, goal=goal,
+        f"{bench.size.hidden}: write", "MB/s", megabytes(ours.rate), megabytes(rate), name, goal=goal,
         less_is_better=False, judged=bench.rounds.judged, note=note,
     )  # fmt: skip
 
@@ -254,7 +245,7 @@ def print_foot(rivals: Sequence[Store]) -> None:
         "Ours also writes `embed`, a checksum of each row and the samples' table.\n"
         "- read: milliseconds and CPU milliseconds of one. cold: bytes from the disk for each that was asked for."
     )
-    for store in (SHARED, SHARDS, DIRECT, CONTIGUOUS, *rivals):
+    for store in (SHARDS, DIRECT, CONTIGUOUS, *rivals):
         print(f"- {store.name}: {store.means}.")
 
 

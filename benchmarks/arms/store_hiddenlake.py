@@ -17,9 +17,7 @@ _TOKENS = 20
 
 
 class Hiddenlake(StoreArm):
-    """spec: "arrival": the order in which samples arrive, `task` or `shuffled`.  "shared": whether shard buffers lie in
-    memory that other processes can fill, as vLLM's do.
-    """
+    """spec: "arrival": the order in which samples arrive, `task` or `shuffled`."""
 
     _imported = False
 
@@ -34,9 +32,8 @@ class Hiddenlake(StoreArm):
         if self.spec["arrival"] == "shuffled":
             arrival = np.random.default_rng(1).permutation(arrival)
         writer = open_writer(
-            self.folder, identity={"rows": "synthetic"}, coverage=coverage, provenance={}, planned=s.samples,
-            shared=self.spec.get("shared", False),
-        )  # fmt: skip
+            self.folder, identity={"rows": "synthetic"}, coverage=coverage, provenance={}, planned=s.samples
+        )
         with writer:
             for start in range(0, s.samples, writer.shard_samples):
                 part = arrival[start : start + writer.shard_samples].tolist()
