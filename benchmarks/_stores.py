@@ -81,7 +81,7 @@ SHARDS = Store(
     more={"files": "one a shard"},
 )  # fmt: skip
 DIRECT = Store(
-    "plain files, O_DIRECT", "store_raw.py", "the same, past the page cache, as ours are written: the disk's own limit",
+    "plain files, O_DIRECT", "store_raw.py", "the same, past the page cache: the disk's own limit",
     more={"files": "one a shard", "flags": os.O_DIRECT},
 )  # fmt: skip
 CONTIGUOUS = Store(
