@@ -101,7 +101,7 @@ def fit_cell(X: np.ndarray, rows: np.ndarray, design: Design) -> Cell:
     # Equal rows must tie, and a matrix product may round them differently: each takes the score of its first.
     scores = problem.scores(solution.coef)[_first_equal_row(X)]
     held = ~train[which_fold[fitted]].T
-    measured = auroc(scores, problem.sign > 0, held)
+    measured = auroc(scores, labels[which_labels[fitted]].T, held)
 
     def spread(values: np.ndarray, absent: float | bool = np.nan) -> np.ndarray:
         out = np.full(shape, absent, values.dtype)

@@ -1,6 +1,6 @@
 """The certificate of a fitted probe: how far its objective can be above the optimum.
 
-With the intercept optimised, sum_i alpha_i y_i = 0 for alpha_i = C s_i sigma(-y_i z_i), so alpha is
+With the intercept optimised, sum_i alpha_i y_i = 0 for alpha_i = s_i sigma(-y_i z_i), so alpha is
 feasible in the dual, and the Fenchel duality gap is exactly half the squared norm of the gradient
 with respect to the weights (Fenchel duality for l2-regularised losses: Rifkin and Lippert, "Value
 regularization and Fenchel duality", JMLR 8, 2007):
@@ -13,87 +13,109 @@ It is evaluated in float64 from the stored rows, never from what a solver keeps 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from hiddenlake.probing.solvers.problem import Problem
+from hiddenlake.kernels.logistic import Losses, logistic_losses
+from hiddenlake.probing.solvers.problem import Columns, Problem
 
 # Newton with a bracket converges quadratically; the bound only ends a search that rounding has stopped.
 _INTERCEPT_STEPS = 100
-_INTERCEPT_TOL = 1e-13
+_INTERCEPT_TOL = {torch.float64: 1e-13, torch.float32: 3e-6}
 
 
 @dataclass(frozen=True, slots=True)
-class Losses:
-    """Value and derivatives of the loss at given scores, with the intercept optimised.
+class Fitted:
+    """Losses at given scores, with the intercept optimised. intercept : (k,)."""
 
-    loss, intercept : (k,).  residual, curvature : (n, k) first and second derivative per row.
+    intercept: torch.Tensor
+    at: Losses
+
+
+class Intercepts:
+    """Optimises the intercepts of columns in one dimension, at any scores.
+
+    columns : of one fold.  dtype : of the scores.
     """
 
-    loss: np.ndarray
-    intercept: np.ndarray
-    residual: np.ndarray
-    curvature: np.ndarray
+    def __init__(self, columns: Columns, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._weight, self._strength = columns.weight.to(dtype), columns.strength.to(dtype)
+        self._positive = columns.positive
+        self._inside = (columns.weight > 0)[:, None]
+        of_class = [(columns.weight[:, None] * side).sum(0) for side in (~columns.positive, columns.positive)]
+        negative, positive = (weight * strength for weight, strength in zip(of_class, columns.strength, strict=True))
+        self._total = (negative + positive).to(dtype)
+        self._log_odds = (positive.log() - negative.log()).to(dtype)
 
+    def __getitem__(self, chosen: torch.Tensor) -> "Intercepts":
+        """Of some of the columns."""
+        other = object.__new__(Intercepts)
+        other.dtype, other._weight, other._inside = self.dtype, self._weight, self._inside
+        other._strength, other._positive = self._strength[:, chosen], self._positive[:, chosen].contiguous()
+        other._total, other._log_odds = self._total[chosen], self._log_odds[chosen]
+        return other
 
-def losses(scores: np.ndarray, intercept: np.ndarray, sign: np.ndarray, weight: np.ndarray) -> Losses:
-    """Optimise the intercept of each column in one dimension, then evaluate the loss there.
-
-    scores : (n, k) without intercept.  intercept : (k,) where to start.  sign, weight : (n, k) as in Problem.
-
-    Both classes must have weight in every column.
-    """
-    total = weight.sum(axis=0)
-    positive = (weight * (sign > 0)).sum(axis=0)
-    inside = weight > 0
-    # sum_i s_i sigma(z_i + b) = positive has its root between these two.
-    log_odds = np.log(positive) - np.log(total - positive)
-    low = log_odds - np.where(inside, scores, -np.inf).max(axis=0)
-    high = log_odds - np.where(inside, scores, np.inf).min(axis=0)
-    intercept = np.clip(intercept, low, high)
-    for _ in range(_INTERCEPT_STEPS):
-        margin, decay, residual, curvature = _derivatives(scores + intercept, sign, weight)
-        slope = residual.sum(axis=0)
-        if (np.abs(slope) <= _INTERCEPT_TOL * total).all():
-            break
-        low = np.where(slope < 0, intercept, low)
-        high = np.where(slope > 0, intercept, high)
-        bend = curvature.sum(axis=0)
-        step = intercept - slope / np.where(bend > 0, bend, 1.0)
-        moved = np.where((bend > 0) & (step > low) & (step < high), step, 0.5 * (low + high))
-        if (moved == intercept).all():
-            break
-        intercept = moved
-    loss = (weight * (np.log1p(decay) + np.maximum(-margin, 0.0))).sum(axis=0)
-    return Losses(loss, intercept, residual, curvature)
-
-
-def _derivatives(
-    scores: np.ndarray, sign: np.ndarray, weight: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    margin = sign * scores
-    decay = np.exp(-np.abs(margin))
-    shrink = 1.0 / (1.0 + decay)
-    wrong = np.where(margin >= 0, decay * shrink, shrink)  # sigma(-margin), without overflow
-    return margin, decay, -weight * sign * wrong, weight * decay * shrink * shrink
+    def fit(self, scores: torch.Tensor, intercept: torch.Tensor) -> Fitted:
+        """scores : (n, k) without intercept.  intercept : (k,) where to start."""
+        # sum_i s_i sigma(z_i + b) = what the positive class weighs has its root between these two.
+        low = self._log_odds - scores.masked_fill(~self._inside, -torch.inf).amax(0)
+        high = self._log_odds - scores.masked_fill(~self._inside, torch.inf).amin(0)
+        intercept = intercept.clamp(low, high)
+        tol = _INTERCEPT_TOL[self.dtype]
+        for _ in range(_INTERCEPT_STEPS):
+            at = logistic_losses(scores, intercept, self._positive, self._weight, self._strength)
+            if (at.slope.abs() <= tol * self._total).all():
+                break
+            low, high = torch.where(at.slope < 0, intercept, low), torch.where(at.slope > 0, intercept, high)
+            step = intercept - at.slope / torch.where(at.curve > 0, at.curve, 1.0)
+            newton = (at.curve > 0) & (step > low) & (step < high)
+            moved = torch.where(newton, step, 0.5 * (low + high))
+            if (moved == intercept).all():
+                break
+            intercept = moved
+        return Fitted(intercept, at)
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """objective, gap_bound, intercept : (k,). The objective is at most gap_bound above the optimum."""
+    """objective, gap_bound, intercept : (k,). The objective is at most gap_bound above the optimum.
 
-    objective: np.ndarray
-    gap_bound: np.ndarray
-    intercept: np.ndarray
+    scores : (n, k) of all rows, without intercept.
+    """
+
+    objective: torch.Tensor
+    gap_bound: torch.Tensor
+    intercept: torch.Tensor
+    scores: torch.Tensor
+
+
+def certify_columns(columns: Columns, coef: torch.Tensor, intercept: torch.Tensor) -> Certificate:
+    """Certify weights that any solver found for columns of one fold.
+
+    coef : (d, k) float64, in the scaled coordinates of the fold.  intercept : (k,), re-optimised here.
+    """
+    scores = columns.rows.scores(coef)
+    fitted = Intercepts(columns, torch.float64).fit(scores, intercept)
+    gradient = columns.rows.pull(fitted.at.residual).add_(coef)
+    return Certificate(
+        objective=fitted.at.loss + 0.5 * coef.square().sum(0),
+        gap_bound=0.5 * gradient.square().sum(0),
+        intercept=fitted.intercept,
+        scores=scores,
+    )
 
 
 def certify(problem: Problem, coef: np.ndarray, intercept: np.ndarray) -> Certificate:
-    """Certify weights that any solver found.
+    """Certify weights that any solver found for a whole problem.
 
     coef : (d, K), in the scaled coordinates of the problem.  intercept : (K,), re-optimised here.
     """
-    at = losses(problem.scores(coef), intercept, problem.sign, problem.weight)
-    gradient = coef + problem.pull(at.residual)
+    parts = []
+    for fold, chosen in problem.by_fold():
+        at = chosen.cpu().numpy()
+        start, weights = (torch.as_tensor(x[..., at], device=problem.X.device).double() for x in (intercept, coef))
+        parts.append((chosen, certify_columns(problem.columns(fold, chosen), weights, start)))
+    order = torch.cat([chosen for chosen, _ in parts]).argsort()
     return Certificate(
-        objective=at.loss + 0.5 * (coef**2).sum(axis=0),
-        gap_bound=0.5 * (gradient**2).sum(axis=0),
-        intercept=at.intercept,
+        *(torch.cat([getattr(part, name) for _, part in parts], -1)[..., order] for name in Certificate.__slots__)
     )

@@ -174,8 +174,8 @@ def _fit_cell(X: np.ndarray, wrong: np.ndarray, in_train: np.ndarray, seed: int)
         scale="none",
     )
     # The problem's positive class is the wrong answers, scikit-learn's the correct ones.
-    coef = -model.coef_.T.astype(np.float64)
-    certificate = certify(problem, coef, np.zeros(1))
+    found = certify(problem, -model.coef_.T.astype(np.float64), np.zeros(1))
+    objective, gap_bound = found.objective.numpy(), found.gap_bound.numpy()
     prediction = model.predict(held)
     accuracy = float(accuracy_score(truth, prediction))
     baseline = float(max(truth.mean(), 1.0 - truth.mean()))
@@ -191,10 +191,10 @@ def _fit_cell(X: np.ndarray, wrong: np.ndarray, in_train: np.ndarray, seed: int)
     cell = Cell(
         **sizes,
         fold_auc=np.full((1, 1, 1), auc),
-        fold_objective=certificate.objective.reshape(1, 1, 1),
-        fold_gap_bound=certificate.gap_bound.reshape(1, 1, 1),
+        fold_objective=objective.reshape(1, 1, 1),
+        fold_gap_bound=gap_bound.reshape(1, 1, 1),
         fold_n_iter=np.full((1, 1, 1), int(np.max(model.n_iter_))),
-        fold_converged=(certificate.gap_bound <= _TOL * certificate.objective).reshape(1, 1, 1),
+        fold_converged=(gap_bound <= _TOL * objective).reshape(1, 1, 1),
         auc=np.array([auc]),
         auc_lo=np.array([low]),
         auc_hi=np.array([high]),

@@ -97,7 +97,9 @@ def fit_probes(
     def fit(X: np.ndarray, rows: np.ndarray) -> Cell:
         return fit_cell(X, rows, design)
 
-    fitted = sweep(cells, mask, kept, fit, progress=progress)
+    # Sums are rounded in the order of the samples: by their names, it is the same whatever order they arrived in.
+    order = np.argsort(names.astype(str), kind="stable")
+    fitted = sweep(cells, mask, kept, fit, order=order, progress=progress)
     result = assemble(cells, fitted, C=design.C, n_folds=cv, n_shuffles=shuffles)
     result.attrs = {
         "cv": cv,

@@ -1,8 +1,9 @@
 """Sweep: one function over every (layer, position) cell, read a cell at a time, on all cores."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ def sweep(
     kept: np.ndarray,
     fit: Callable[[np.ndarray, np.ndarray], Result],
     *,
+    order: np.ndarray | None = None,
     borrow: dict[int, tuple[int, np.ndarray]] | None = None,
     progress: Progress | None = None,
 ) -> dict[tuple[int, int], Result]:
@@ -28,6 +30,7 @@ def sweep(
 
     mask : (position, sample) bool, or None for whatever is finite.  kept : (sample,) bool.
     fit : called with X (n, hidden) and rows (n,) int, the samples that X holds.
+    order : (sample,) int, the order in which `fit` gets the samples; their own by default.
     borrow : for a position's number, another position's and the samples, (sample,) bool, that take their
         activations from there. The mask counts them already.
 
@@ -48,14 +51,14 @@ def sweep(
                 f"layer {cells.layers[layer]}, position {cells.positions[position]}: "
                 f"activations are NaN or infinite where `mask` says that there is a token"
             )
-        chosen = np.flatnonzero(rows)
+        chosen = np.flatnonzero(rows) if order is None else order[rows[order]]
         return fit(X[chosen], chosen)
 
     every = list(np.ndindex(cells.shape))
     results: dict[tuple[int, int], Result] = {}
     waiting = every[::-1]
     # Threads of BLAS below threads over cells would fight for the same cores.
-    with threadpool_limits(1), ThreadPoolExecutor(n_threads()) as pool:
+    with _one_thread_each(), ThreadPoolExecutor(n_threads()) as pool:
         running = {}
         try:
             while waiting or running:
@@ -71,6 +74,20 @@ def sweep(
             pool.shutdown(cancel_futures=True)
             raise
     return results
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """BLAS, and torch, which has threads of its own, on one thread for each that calls them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def n_threads() -> int:

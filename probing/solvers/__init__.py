@@ -1,1 +1,10 @@
-"""Solvers: many L2 logistic regressions on the rows of one cell, fitted at once."""
+"""Solvers: many logistic regressions on the rows of one cell, fitted at once."""
+
+from hiddenlake.cache.errors import HiddenlakeError
+
+try:
+    import torch as torch
+except ImportError as error:
+    raise HiddenlakeError(
+        "fitting probes needs torch, which is not installed: pip install 'hiddenlake[probes]'"
+    ) from error

