@@ -4,11 +4,14 @@ Shape letters: n samples, d features, C values of C, F folds, L label sets (the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.special import expit
 
 from hiddenlake.cache.errors import ProbeError
+from hiddenlake.probing.certificate import certified_auc
+from hiddenlake.probing.classification import classify
 from hiddenlake.probing.metrics import auroc, bootstrap_interval, delong_interval
 from hiddenlake.probing.solvers.newton import solve_newton
 from hiddenlake.probing.solvers.problem import Problem, Solution, make_problem
@@ -55,7 +58,8 @@ class Design:
 class Cell:
     """The probes of one cell. `fold_*` : (C, F, L); NaN where a shuffle left a fold one class only.
 
-    auc, auc_lo, auc_hi, shuffled_auc : (C,). `reason` says why a cell has no probes, and is empty otherwise.
+    auc, auc_lo, auc_hi, shuffled_auc : (C,). auc_certified_lo, auc_certified_hi : (C,), between which the optimum's auc
+    lies. metrics : name -> (C,), see `classification`. `reason` says why a cell has no probes, and is empty otherwise.
     """
 
     n_positive: int
@@ -70,6 +74,9 @@ class Cell:
     auc_lo: np.ndarray | None = None
     auc_hi: np.ndarray | None = None
     shuffled_auc: np.ndarray | None = None
+    auc_certified_lo: np.ndarray | None = None
+    auc_certified_hi: np.ndarray | None = None
+    metrics: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def fit_cell(X: np.ndarray, rows: np.ndarray, design: Design) -> Cell:
@@ -98,26 +105,37 @@ def fit_cell(X: np.ndarray, rows: np.ndarray, design: Design) -> Cell:
         scale=design.scale,
     )
     solution = SOLVERS[design.solver](problem, design.tol)
-    # Equal rows must tie, and a matrix product may round them differently: each takes the score of its first.
-    scores = problem.scores(solution.coef)[_first_equal_row(X)]
-    held = ~train[which_fold[fitted]].T
-    measured = auroc(scores, labels[which_labels[fitted]].T, held)
+    which_c, which_fold, which_labels = (which[fitted] for which in (which_c, which_fold, which_labels))
+    same = _first_equal_row(X)
+    auc, variance = np.full((2, len(which_c)), np.nan)
+    # Of the real labels: each sample's score, without intercept, and probability by the probe that did not see it.
+    held_scores, probability = np.empty((2, len(rows), len(design.C)))
+    certified = np.zeros((2, design.n_folds, len(design.C)))
+    for f in range(design.n_folds):
+        out, columns = np.flatnonzero(~train[f]), np.flatnonzero(which_fold == f)
+        held = problem.coordinates(f, out)
+        # Equal rows must tie, and a matrix product may round them differently: each takes the score of its first.
+        _, first, again = np.unique(same[out], return_index=True, return_inverse=True)
+        scores = (held @ solution.coef[:, columns])[first[again]]
+        measured = auroc(scores, labels[which_labels[columns]][:, out].T)
+        auc[columns], variance[columns] = measured.auc, measured.variance
+        real = which_labels[columns] == 0
+        columns, scores = columns[real], scores[:, real]
+        held_scores[np.ix_(out, which_c[columns])] = scores
+        probability[np.ix_(out, which_c[columns])] = expit(scores + solution.intercept[columns])
+        certified[:, f, which_c[columns]] = certified_auc(
+            scores, labels[0, out], held, same[out], np.sqrt(2.0 * solution.gap_bound[columns])
+        )
 
     def spread(values: np.ndarray, absent: float | bool = np.nan) -> np.ndarray:
         out = np.full(shape, absent, values.dtype)
         out.ravel()[fitted] = values
         return out
 
-    fold_auc = spread(measured.auc)
-    variance = spread(measured.variance)[..., 0]
-    auc_lo, auc_hi = delong_interval(fold_auc[..., 0], variance)
+    fold_auc = spread(auc)
+    auc_lo, auc_hi = delong_interval(fold_auc[..., 0], spread(variance)[..., 0])
     if design.group is not None:
-        held_scores = np.empty((len(design.C), len(rows)))
-        real = which_labels[fitted] == 0
-        for column in np.flatnonzero(real):
-            out = held[:, column]
-            held_scores[which_c[fitted][column], out] = scores[out, column]
-        for c, one in enumerate(held_scores):
+        for c, one in enumerate(held_scores.T):
             auc_lo[c], auc_hi[c] = bootstrap_interval(one, labels[0], fold, design.group[rows], seed=design.seed)
     return Cell(
         **cell,
@@ -130,6 +148,9 @@ def fit_cell(X: np.ndarray, rows: np.ndarray, design: Design) -> Cell:
         auc_lo=auc_lo,
         auc_hi=auc_hi,
         shuffled_auc=_mean_where_any(fold_auc[..., 1:]),
+        auc_certified_lo=certified[0].mean(axis=0),
+        auc_certified_hi=certified[1].mean(axis=0),
+        metrics=classify(probability, labels[0]),
     )
 
 

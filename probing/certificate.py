@@ -18,6 +18,9 @@ import torch
 from hiddenlake.kernels.logistic import Losses, logistic_losses
 from hiddenlake.probing.solvers.problem import Columns, Problem
 
+# Samples of one class whose pairs with the other are looked at together.
+_PAIRS = 1024
+
 # Newton with a bracket converges quadratically; the bound only ends a search that rounding has stopped.
 _INTERCEPT_STEPS = 100
 _INTERCEPT_TOL = {torch.float64: 1e-13, torch.float32: 3e-6}
@@ -119,3 +122,32 @@ def certify(problem: Problem, coef: np.ndarray, intercept: np.ndarray) -> Certif
     return Certificate(
         *(torch.cat([getattr(part, name) for _, part in parts], -1)[..., order] for name in Certificate.__slots__)
     )
+
+
+def certified_auc(
+    scores: np.ndarray, positive: np.ndarray, rows: np.ndarray, same: np.ndarray, radius: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Between which values the AUC of the optimum lies, given how far each probe can be from it.
+
+    scores : (n, k) float64 of held-out samples.  positive : (n,) bool, with both classes.
+    rows : (n, d) float64, the samples in the coordinates of the weights.  same : (n,) int, equal for equal rows.
+    radius : (k,) sqrt(2 gap_bound), the largest ||w - w*||.
+
+    At the optimum the scores of two samples differ by what they differ by here, give or take radius ||x - x'|| (Cauchy and
+    Schwarz). A pair whose order may change counts for either side; equal rows tie in any case.
+
+    Returns (low, high), each (k,).
+    """
+    won, lost = np.zeros(scores.shape[1]), np.zeros(scores.shape[1])
+    others, squares = rows[~positive], (rows[~positive] ** 2).sum(1)
+    members = np.flatnonzero(positive)
+    for part in np.split(members, range(_PAIRS, len(members), _PAIRS)):
+        mine = rows[part]
+        distance = np.sqrt(np.maximum((mine**2).sum(1)[:, None] + squares - 2.0 * mine @ others.T, 0.0))
+        tied = 0.5 * (same[part][:, None] == same[~positive]).sum()
+        for k, r in enumerate(radius):
+            difference = scores[part, k][:, None] - scores[~positive, k]
+            won[k] += (difference > r * distance).sum() + tied
+            lost[k] += (difference < -r * distance).sum() + tied
+    pairs = len(members) * len(others)
+    return won / pairs, 1.0 - lost / pairs

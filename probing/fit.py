@@ -53,7 +53,9 @@ def fit_probes(
     progress : called with (cells done, cells in all).
 
     Returns a Dataset. Over (layer, position, C): auc, the mean of the folds' AUCs, with its 95 %
-    interval auc_lo, auc_hi (DeLong; bootstrap of whole groups where groups repeat), shuffled_auc,
+    interval auc_lo, auc_hi (DeLong; bootstrap of whole groups where groups repeat), auc_certified_lo and
+    auc_certified_hi, between which the optimum's auc lies (`certified_auc`), the metrics of all held-out
+    probabilities together (`classification.METRICS`: auprc, base_rate, accuracy, ...), shuffled_auc,
     objective (mean over folds), gap_bound, relative_gap (gap_bound / objective) and n_iter (each the largest
     over folds and label sets) and converged (all of them). Over (layer, position, C, fold, label_set): fold_auc,
     fold_objective, fold_gap_bound, fold_n_iter, fold_converged. Over (layer, position): n, n_positive,

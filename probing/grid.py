@@ -15,6 +15,7 @@ from hiddenlake.cache.sites import parse_site
 from hiddenlake.cache.store.reader import open_capture
 from hiddenlake.probing.compat import MAX_TOKENS
 from hiddenlake.probing.fit import fit_probes
+from hiddenlake.probing.inference import false_discovery_rate, max_t
 from hiddenlake.probing.saving import open_grid, save_grid
 from hiddenlake.probing.sweep import Progress
 
@@ -59,8 +60,9 @@ def fit_grid(
     Returns the Dataset of fit_probes and, over (layer, position): the number of samples of each class
     (n_correct, n_wrong), the share of them with a valid exact answer (valid_share_correct, ...), and the
     share of the class that is in the cell (kept_share_correct, ...). Over (position, C): token_auc,
-    token_auc_lo, token_auc_hi, the same probe on `embed`, which knows the token and nothing else. attrs
-    say what was fitted, the best cell, and what being the best of many is worth.
+    token_auc_lo, token_auc_hi, the same probe on `embed`, which knows the token and nothing else. With shuffles, over
+    (layer, position, C): q, the false discovery rate at which a cell is above chance. attrs say what was fitted, the
+    best cell, and what being the best of many is worth: with shuffles its p-value, max_t_p (hiddenlake.probing.inference).
 
     Raises ProbeError, UnknownNameError.
     """
@@ -205,8 +207,12 @@ def _note_best(grid: xr.Dataset) -> None:
         grid.attrs["cross_selected_auc"] = selected
         note += f"; chosen on the other folds, the AUC is {selected:.3f}"
     if "shuffled_auc" in grid:
-        grid.attrs["max_shuffled_auc"] = float(grid.shuffled_auc.max())
-        note += f"; with shuffled labels the best cell has {grid.attrs['max_shuffled_auc']:.3f}"
+        grid["q"] = false_discovery_rate(grid)
+        grid.attrs |= {"max_shuffled_auc": float(grid.shuffled_auc.max()), "max_t_p": max_t(grid)}
+        note += (
+            f"; with shuffled labels the best cell has {grid.attrs['max_shuffled_auc']:.3f}, and p is "
+            f"{grid.attrs['max_t_p']:.2g} (max-T, {grid.sizes['label_set'] - 1} shuffles)"
+        )
     grid.attrs["note"] = note + "."
 
 

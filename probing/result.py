@@ -5,9 +5,11 @@ import xarray as xr
 
 from hiddenlake.probing.cell import Cell
 from hiddenlake.probing.cells import Cells
+from hiddenlake.probing.classification import METRICS
 
 _PER_FOLD = ("fold_auc", "fold_objective", "fold_gap_bound", "fold_n_iter", "fold_converged")
 _PER_CELL = ("auc", "auc_lo", "auc_hi", "shuffled_auc")
+_CERTIFIED = ("auc_certified_lo", "auc_certified_hi")
 
 
 def assemble(
@@ -36,7 +38,13 @@ def assemble(
         if not cell.reason:
             for name in (*_PER_FOLD, *_PER_CELL):
                 data[name][at] = getattr(cell, name)
+            of_optimum = {name: getattr(cell, name) for name in _CERTIFIED if getattr(cell, name) is not None}
+            for name, values in (of_optimum | cell.metrics).items():
+                data.setdefault(name, np.full(sizes[:3], np.nan))[at] = values
     out = xr.Dataset({name: (dims[: values.ndim], values) for name, values in data.items()}, coords)
+    for name, meaning in METRICS.items():
+        if name in out:
+            out[name].attrs["long_name"] = meaning
     if n_shuffles == 0:
         out = out.drop_vars("shuffled_auc")
     relative = out.fold_gap_bound / out.fold_objective

@@ -115,6 +115,11 @@ class Problem:
             rows, self.train[fold], self.labels[self.label_set[chosen]].mT.contiguous(), self.strength[:, chosen]
         )
 
+    def coordinates(self, fold: int, rows: np.ndarray) -> np.ndarray:
+        """(m, d) float64 rows in the coordinates of a fold's weights. rows : (m,) int."""
+        chosen = torch.as_tensor(rows, device=self.X.device)
+        return ScaledRows(self.X, self.centre, self.unit[fold]).take(chosen).matrix(torch.float64).cpu().numpy()
+
     def by_fold(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(fold, its columns)."""
         for fold in range(len(self.train)):

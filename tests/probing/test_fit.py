@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 from xarray.backends import BackendArray
 from xarray.core import indexing
@@ -232,3 +232,35 @@ def test_activations_need_a_sample_axis():
         fit_probes(A.rename(sample="row"), y)
     with pytest.raises(ProbeError, match="expected layer, position, sample, hidden"):
         fit_probes(A.expand_dims("batch"), y)
+
+
+def test_metrics_are_those_of_the_held_out_probabilities():
+    A, y = activations(n=203)
+    cell = fit_probes(A, y, C=(0.01, 1.0), cv=3).sel(layer=3, position="-1")
+    fold = make_folds(y, n_folds=3, groups=np.arange(203))
+    X = A.sel(layer=3, position="-1").values.astype(np.float64)
+    for C in (0.01, 1.0):
+        probability = np.empty(203)
+        for f in range(3):
+            scaler = StandardScaler().fit(X[fold != f])
+            model = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12).fit(
+                scaler.transform(X[fold != f]), y[fold != f]
+            )
+            probability[fold == f] = model.predict_proba(scaler.transform(X[fold == f]))[:, 1]
+        at = cell.sel(C=C)
+        assert float(at.brier) == pytest.approx(np.mean((probability - y) ** 2), rel=1e-4)
+        assert float(at.accuracy) == np.mean((probability >= 0.5) == y)
+        assert float(at.auprc) == pytest.approx(average_precision_score(y, probability), rel=1e-3)
+        assert float(at.base_rate) == y.mean() and float(at.majority_accuracy) == 1 - y.mean()
+
+
+def test_the_certified_interval_holds_the_auc_of_the_optimum():
+    A, y = activations()
+    best = fit_probes(A, y, C=(0.01, 10.0), tol=1e-13)
+    for tol in (1e-1, 1e-3, 1e-6):
+        found = fit_probes(A, y, C=(0.01, 10.0), tol=tol)
+        assert (found.auc_certified_lo <= best.auc + 1e-12).all() and (best.auc <= found.auc_certified_hi + 1e-12).all()
+        assert (found.auc_certified_lo <= found.auc + 1e-12).all() and (
+            found.auc <= found.auc_certified_hi + 1e-12
+        ).all()
+    assert float((best.auc_certified_hi - best.auc_certified_lo).max()) < 1e-3

@@ -91,8 +91,8 @@ def test_a_comparison_aligns_and_hatches(grid, tmp_path, figures):
 def test_bad_input_is_refused_in_a_sentence(grid, tmp_path, make_capture):
     with pytest.raises(UnknownNameError, match="cannot draw 'grid.jpg': the suffix says the format, expected .svg"):
         draw_heatmap(grid, tmp_path / "grid.jpg")
-    with pytest.raises(UnknownNameError, match="no metric 'accuracy': it has auc, "):
-        draw_heatmap(grid, tmp_path / "grid.png", metric="accuracy")
+    with pytest.raises(UnknownNameError, match="no metric 'loudness': it has accuracy, auc, "):
+        draw_heatmap(grid, tmp_path / "grid.png", metric="loudness")
     (tmp_path / "other.csv").write_text("layer,first_answer\n7,0.5\n")
     with pytest.raises(BadInputError, match="share no cell"):
         draw_comparison(grid, tmp_path / "other.csv", tmp_path / "both.png")
