@@ -108,6 +108,11 @@ class StoreBench:
     def write(self, store: Store) -> dict[str, Any]:
         return self.arm(store).ask({"op": "write", "fsync": not store.fsyncs})
 
+    def sweep(self, *stores: Store) -> None:
+        """Bring what these stores wrote into the page cache, as whoever goes through it in order does."""
+        for store in stores:
+            self.arm(store).ask({"op": "sweep"})
+
     def delete(self, store: Store) -> None:
         """What a store wrote. Its process closes it, so that its caches go too, and stays: it has warmed up."""
         if store not in self.failed:

@@ -76,12 +76,17 @@ class Store:
 
 OURS = Store("hiddenlake", "store_hiddenlake.py", "", more={"arrival": "task"})
 SHUFFLED = Store("hiddenlake, arrived in another order", "store_hiddenlake.py", "", more={"arrival": "shuffled"})
+SHARED = Store(
+    "hiddenlake, shared", "store_hiddenlake.py",
+    "ours, in memory that other processes can fill, as vLLM's do: here it has no huge pages",
+    more={"arrival": "task", "shared": True},
+)  # fmt: skip
 SHARDS = Store(
     "plain files", "store_raw.py", "the same bytes, in order already, one file a shard, written and fsynced: the limit",
     more={"files": "one a shard"},
 )  # fmt: skip
 DIRECT = Store(
-    "plain files, O_DIRECT", "store_raw.py", "the same, past the page cache: the disk's own limit",
+    "plain files, O_DIRECT", "store_raw.py", "the same, past the page cache, as ours are written: the disk's own limit",
     more={"files": "one a shard", "flags": os.O_DIRECT},
 )  # fmt: skip
 CONTIGUOUS = Store(

@@ -209,6 +209,7 @@ def run_case(case: Case, generations: int, folder: Path, models: Sequence[Path],
         with open_writer(
             folder / case.name, identity=job.identity.to_json(), coverage=job.coverage, provenance=engine.provenance,
             planned=len(job.prompts), shard_samples=_SHARD, shard_tokens=_SHARD_TOKENS if job.coverage.tokens else None,
+            shared=True,
         ) as writer:  # fmt: skip
             churn = Churn(job, engine, writer, processes, chance)
             churn.run()

@@ -5,9 +5,9 @@
 The same activations, over 4 GB of bfloat16 (--quick: over 0.5 GB), at 576 and 4096 hidden: written from an engine's
 rows, sample by sample, until they are durable; and read back, warm and cold, as probes and people do. Every store runs
 in a process of its own; rounds go through all of them in rotated order. A ratio is of bytes of activations a second,
-ours over theirs, in the same round. Every store shows in every round that it read what was written. Cold means that the
-store's files were thrown out of this machine's page cache, and are opened anew; a virtual disk may have a cache of its
-own.
+ours over theirs, in the same round. Every store shows in every round that it read what was written. Warm means that the
+store's files have been read from their beginning to their end before, and cold that they were thrown out of this machine's
+page cache, and are opened anew; a virtual disk may have a cache of its own.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from _stores import (
     RIVALS,
     SAMPLE,
     SHARDS,
+    SHARED,
     SHUFFLED,
     SIZES,
     SLAB,
@@ -71,8 +73,9 @@ SHUFFLED_INTO_BUFFER = (SHUFFLED, "checked, into a buffer")
 def write_limits(bench: StoreBench) -> list[Row]:
     """Ours beside plain files and TensorStore, and its memory."""
     tensorstore = RIVALS["tensorstore"]
-    costs = bench.measure_writes((SHARDS, DIRECT, OURS, tensorstore), bench.rounds.writes, warm_up=True)
-    rows = [write_row(bench, costs, SHARDS, 0.95), write_row(bench, costs, DIRECT, None)]
+    costs = bench.measure_writes((SHARDS, DIRECT, OURS, SHARED, tensorstore), bench.rounds.writes, warm_up=True)
+    rows = [write_row(bench, costs, SHARDS, 0.95), write_row(bench, costs, SHARDS, 0.95, ours=SHARED)]
+    rows.append(write_row(bench, costs, DIRECT, None))
     rows += [] if tensorstore in bench.failed else [write_row(bench, costs, tensorstore, 1.0)]
     allowed = bench.layout.buffer_bytes + BESIDE_BUFFERS
     peaks = costs[OURS].peak
@@ -103,10 +106,17 @@ def write_rivals(bench: StoreBench, rivals: Sequence[Store]) -> list[Row]:
 
 
 def write_row(
-    bench: StoreBench, costs: dict[Store, Writes], rival: Store, goal: float | None, shipped: bool = False
+    bench: StoreBench,
+    costs: dict[Store, Writes],
+    rival: Store,
+    goal: float | None,
+    *,
+    shipped: bool = False,
+    ours: Store = OURS,
 ) -> Row:
     """shipped : the rival's own end, without the fsync that it lacks."""
-    ours, theirs = costs[OURS], costs[rival]
+    case = f"{bench.size.hidden}: write" + (", in memory shared with other processes" if ours is SHARED else "")
+    ours, theirs = costs[ours], costs[rival]
     rate = theirs.shipped if shipped else theirs.rate
     note = (
         f"CPU {np.median(ours.cpu):.2f}, {np.median(theirs.cpu):.2f} s/GB; disk {np.median(ours.bytes):.3f}, "
@@ -117,7 +127,7 @@ def write_row(
     if not rival.fsyncs:
         name += ", as shipped, not durable" if shipped else ", and fsync of its files"
     return compare(
-        f"{bench.size.hidden}: write", "MB/s", megabytes(ours.rate), megabytes(rate), name, goal=goal,
+        case, "MB/s", megabytes(ours.rate), megabytes(rate), name, goal=goal,
         less_is_better=False, judged=bench.rounds.judged, note=note,
     )  # fmt: skip
 
@@ -126,18 +136,17 @@ def read_limits(bench: StoreBench) -> list[Row]:
     """Ours, in all its ways, beside one contiguous read."""
     bench.write(SHUFFLED)
     rows = []
-    for kind in KINDS:
-        for cold in (False, True):
-            ours, limits = [CHECKED, *([INTO_BUFFER] if _TAKES_OUT else [])], [LIMIT]
-            if kind is CELL:
-                ours += [UNCHECKED, *([UNCHECKED_INTO_BUFFER] if _TAKES_OUT else [])]
-                ours += [SHUFFLED_CHECKED, *([SHUFFLED_INTO_BUFFER] if _TAKES_OUT else [])]
-                limits.append(ANNOUNCED if cold else NEW_MEMORY)
-            found = bench.measure_reads([*limits, *ours], kind, cold, rounds_of(bench, kind, bench.rounds.reads))
-            for limit in limits:
-                for case in ours:
-                    goal = limit_goal(kind, cold, case, limit)
-                    rows.append(read_row(bench, found, kind, cold, case, limit, goal))
+    bench.sweep(CONTIGUOUS, OURS, SHUFFLED)
+    for cold, kind in product((False, True), KINDS):
+        ours, limits = [CHECKED, *([INTO_BUFFER] if _TAKES_OUT else [])], [LIMIT]
+        if kind is CELL:
+            ours += [UNCHECKED, *([UNCHECKED_INTO_BUFFER] if _TAKES_OUT else [])]
+            ours += [SHUFFLED_CHECKED, *([SHUFFLED_INTO_BUFFER] if _TAKES_OUT else [])]
+            limits.append(ANNOUNCED if cold else NEW_MEMORY)
+        found = bench.measure_reads([*limits, *ours], kind, cold, rounds_of(bench, kind, bench.rounds.reads))
+        for limit in limits:
+            for case in ours:
+                rows.append(read_row(bench, found, kind, cold, case, limit, limit_goal(kind, cold, case, limit)))
     bench.delete(SHUFFLED)
     return rows
 
@@ -161,16 +170,16 @@ def read_rival(bench: StoreBench, rival: Store) -> list[Row]:
     rows = []
     try:
         bench.write(rival)
-        for kind in KINDS:
-            for cold in (False, True):
-                if kind is SLAB and not rival.slab:
-                    continue
-                rounds = rounds_of(bench, kind, bench.rounds.reads if tensorstore else bench.rounds.other_reads)
-                theirs = [(rival, way) for way in rival.ways]
-                found = bench.measure_reads([ours, *theirs], kind, cold, rounds)
-                # faster than every peer at one sample, and than TensorStore at a cell
-                goal = 1.0 if kind in (COLUMN, SAMPLE) or (kind is CELL and tensorstore) else None
-                rows += [read_row(bench, found, kind, cold, ours, case, goal) for case in theirs]
+        bench.sweep(OURS, rival)
+        for cold, kind in product((False, True), KINDS):
+            if kind is SLAB and not rival.slab:
+                continue
+            rounds = rounds_of(bench, kind, bench.rounds.reads if tensorstore else bench.rounds.other_reads)
+            theirs = [(rival, way) for way in rival.ways]
+            found = bench.measure_reads([ours, *theirs], kind, cold, rounds)
+            # faster than every peer at one sample, and than TensorStore at a cell
+            goal = 1.0 if kind in (COLUMN, SAMPLE) or (kind is CELL and tensorstore) else None
+            rows += [read_row(bench, found, kind, cold, ours, case, goal) for case in theirs]
         bench.delete(rival)
     except RuntimeError as error:
         bench.leave_out(rival, error)
@@ -245,7 +254,7 @@ def print_foot(rivals: Sequence[Store]) -> None:
         "Ours also writes `embed`, a checksum of each row and the samples' table.\n"
         "- read: milliseconds and CPU milliseconds of one. cold: bytes from the disk for each that was asked for."
     )
-    for store in (SHARDS, DIRECT, CONTIGUOUS, *rivals):
+    for store in (SHARED, SHARDS, DIRECT, CONTIGUOUS, *rivals):
         print(f"- {store.name}: {store.means}.")
 
 

@@ -157,6 +157,7 @@ def run_job(
         buffer_bytes=buffer_bytes,
         shard_samples=shard_samples,
         codec=job.codec,
+        shared=True,
     ) as writer:
         pending = [p for p in job.prompts if p.key not in writer.committed]
         summary = Summary(str(place), planned, present=len(job.prompts) - len(pending))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from serve import expect
-from store_files import bytes_of, evict, fetched, forget_peak, make_durable, peak
+from store_files import bytes_of, evict, fetched, forget_peak, make_durable, peak, sweep
 from store_rows import Rows, Shape, Want
 
 
@@ -16,7 +16,7 @@ class StoreArm:
     """One store. A round is one of
 
     {"op": "write", "fsync"}: all samples, from memory to files, with an fsync of each where the store makes none;
-    {"op": "delete"} of these files;
+    {"op": "delete"} of these files; {"op": "sweep"}: read through them, so that they are in the page cache;
     {"op": "read", "wants", "way", "cold", "seconds"}: as many of `wants` as `seconds` allow, one at least, each timed
     by itself. Warm ones have all been read before; a cold one's files are not in the page cache.
     """
@@ -73,13 +73,19 @@ class StoreArm:
         return round
 
     def run(self, round: dict[str, Any]) -> dict[str, Any]:
-        return {"write": self._write, "read": self.read_round, "delete": lambda _: {}}[round["op"]](round)
+        return {"write": self._write, "read": self.read_round, "sweep": self._sweep, "delete": lambda _: {}}[
+            round["op"]
+        ](round)
 
     def report(self, round: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         if round["op"] == "write":
             result["bytes"] = bytes_of(self.folder)
             expect("a store at least as large as its activations", result["bytes"] >= self.shape.bytes, True)
         return result
+
+    def _sweep(self, round: dict[str, Any]) -> dict[str, Any]:
+        sweep(self.folder)
+        return {}
 
     def _write(self, round: dict[str, Any]) -> dict[str, Any]:
         before = forget_peak()

@@ -32,6 +32,19 @@ def evict(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sweep(folder: Path) -> None:
+    """Read all files from their beginning to their end, which brings them into the page cache.
+
+    In order, since the kernel then makes it of large pages; what random reads bring, it keeps in pages of 4 KiB, which
+    take twice as long to copy.
+    """
+    buffer = bytearray(8 << 20)
+    for file in files_of(folder):
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(buffer):
+                pass
+
+
 def fetched() -> int:
     """Bytes that this process has had read from storage, read-ahead included."""
     return _field("/proc/self/io", "read_bytes:")

@@ -17,7 +17,9 @@ _TOKENS = 20
 
 
 class Hiddenlake(StoreArm):
-    """spec: "arrival": the order in which samples arrive, `task` or `shuffled`."""
+    """spec: "arrival": the order in which samples arrive, `task` or `shuffled`.  "shared": whether shard buffers lie in
+    memory that other processes can fill, as vLLM's do.
+    """
 
     _imported = False
 
@@ -32,8 +34,9 @@ class Hiddenlake(StoreArm):
         if self.spec["arrival"] == "shuffled":
             arrival = np.random.default_rng(1).permutation(arrival)
         writer = open_writer(
-            self.folder, identity={"rows": "synthetic"}, coverage=coverage, provenance={}, planned=s.samples
-        )
+            self.folder, identity={"rows": "synthetic"}, coverage=coverage, provenance={}, planned=s.samples,
+            shared=self.spec.get("shared", False),
+        )  # fmt: skip
         with writer:
             for start in range(0, s.samples, writer.shard_samples):
                 part = arrival[start : start + writer.shard_samples].tolist()

@@ -144,6 +144,7 @@ class Collector:
                 planned=0,
                 buffer_bytes=self.offer.buffer_bytes,
                 shard_samples=self.offer.shard_samples,
+                shared=True,
             )
             if name not in self._rows:
                 place = writer.place

@@ -36,24 +36,31 @@ class _Buffer:
 
     views : site -> bits; uint16 for bfloat16 and float16, else float32.
     checksums : site -> crc32c of each row, uint32, the shape of the view without its last axis.
+    shared : whether other processes map it.
     """
 
-    def __init__(self, dtype: str, rows: int) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: str, rows: int, shared: bool) -> None:
+        self.dtype, self.shared = dtype, shared
         self.views: dict[str, np.ndarray] = {}
         self.checksums: dict[str, np.ndarray] = {}
         self._descriptors: dict[str, int] = {}
         self._marked = np.zeros(rows, bool)
 
     def _allocate(self, site: str, size: int, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> mmap.mmap:
-        # A memfd has no name to leak and is mapped by other processes through /proc.
-        if hasattr(os, "memfd_create"):
+        if self.shared:
+            # A memfd has no name to leak and is mapped by other processes through /proc.
+            if not hasattr(os, "memfd_create"):
+                raise StoreError("this system has no memfd, so no other process can fill a shard: run it on Linux")
             descriptor = os.memfd_create(f"hiddenlake-{site}")
             os.ftruncate(descriptor, size)
             self._descriptors[site] = descriptor
             memory = mmap.mmap(descriptor, size)
         else:
-            memory = mmap.mmap(-1, size)
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # A sample's rows lie far from each other: each would need a page of its own to be looked up. Most systems
+            # have no huge pages for memory that is shared.
+            memory.madvise(mmap.MADV_HUGEPAGE)
         self.views[site] = np.ndarray(shape, DTYPES[self.dtype][0], memory, 0, strides)
         self.checksums[site] = np.empty(shape[:-1], "<u4")
         return memory
@@ -95,8 +102,8 @@ class _Buffer:
         return crc32c(np.full(view.shape[-1], self.nan, view.dtype))
 
     def handle(self, number: int, fencing: int) -> dict[str, Any]:
-        if self.views and not self._descriptors:
-            raise StoreError("this system has no memfd, so no other process can fill a shard: run in one process")
+        if not self.shared:
+            raise StoreError("no other process can fill this shard: open the writer with shared=True")
         arrays = {}
         for site, view in self.views.items():
             memory = os.fstat(self._descriptors[site])
@@ -124,8 +131,8 @@ class ShardBuffer(_Buffer):
         Where chunks are stored as they are, the memory is the file, byte for byte.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        super().__init__(layout.coverage.dtype, layout.samples)
+    def __init__(self, layout: Layout, shared: bool) -> None:
+        super().__init__(layout.coverage.dtype, layout.samples, shared)
         self.layout = layout
         self._images: dict[str, np.ndarray] = {}
         for site, file in layout.files.items():
@@ -199,8 +206,8 @@ class TokenBuffer(_Buffer):
     views : site -> (layer, token, width) of bits, or (token, width) for a site without layers.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        super().__init__(layout.coverage.dtype, layout.shard_tokens)
+    def __init__(self, layout: Layout, shared: bool) -> None:
+        super().__init__(layout.coverage.dtype, layout.shard_tokens, shared)
         self.layout = layout
         for site, file in layout.token_files.items():
             shape = (*file.outer[:-1], layout.shard_tokens, file.width)

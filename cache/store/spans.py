@@ -70,6 +70,7 @@ class Spans:
     claim : (first, shards) -> shard -> fencing number; empty when `first` is given and they are not free.
     publish : writes a token shard in the background, given the rows that are kept.
     check : raises what went wrong in the background.
+    shared : whether other processes fill its shards.
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class Spans:
         claim: Callable[[int | None, int], dict[int, int]],
         publish: Callable[[TokenShard, list[slice]], Future[None]],
         check: Callable[[], None],
+        shared: bool,
     ) -> None:
-        self._layout, self._lock = layout, lock
+        self._layout, self._lock, self._shared = layout, lock, shared
         self._claim, self._publish, self._check = claim, publish, check
         self._open: set[TokenSpan] = set()
         self._filling: list[_Filling] = []
@@ -157,7 +159,7 @@ class Spans:
                 if not self._idle:
                     if len(self._buffers) == BUFFERS:
                         return None
-                    self._buffers.append(TokenBuffer(self._layout))
+                    self._buffers.append(TokenBuffer(self._layout, self._shared))
                     self._idle.append(self._buffers[-1])
                 filling.shard = TokenShard(filling.number, filling.fencing, self._idle.pop())
             if filling.number == number:

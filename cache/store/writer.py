@@ -44,6 +44,7 @@ def open_writer(
     shard_samples: int | None = None,
     shard_tokens: tuple[int, int] | None = None,
     codec: str | None = None,
+    shared: bool = False,
 ) -> "Writer":
     """Create a capture, or open it to write more of it. Leftovers of dead writers are removed first.
 
@@ -55,6 +56,7 @@ def open_writer(
     shard_samples, shard_tokens : B, and (T, tokens a shard), where they should not be chosen by `choose_layout`; an
         existing capture keeps its own.
     codec : `none` (the default of a new capture), `zstd`, or `fp8`, which loses something, measures it and says so.
+    shared : whether other processes of this host fill its shards, by their handles.
 
     Raises IdentityError where the folder holds another identity or coverage, StoreError where it is
     not empty and no capture, of an unknown version, or the buffers do not fit.
@@ -77,7 +79,7 @@ def open_writer(
             f"{place} is stored with the codec {root.layout.codec}, not {codec}: name another folder, or leave the codec out"
         )
     check_buffers(root.layout, buffer_bytes)
-    return Writer(place, root, provenance)
+    return Writer(place, root, provenance, shared=shared)
 
 
 @dataclass(slots=True)
@@ -98,12 +100,20 @@ class Writer:
     layout : its files, and how large they are.
     replaces : (shard, fencing) of commits whose samples are written again, all of them in one shard: its commit replaces
         them.
+    shared : see `open_writer`.
     """
 
     def __init__(
-        self, place: Backend, root: Root, provenance: dict[str, Any], replaces: Sequence[tuple[int, int]] = ()
+        self,
+        place: Backend,
+        root: Root,
+        provenance: dict[str, Any],
+        *,
+        replaces: Sequence[tuple[int, int]] = (),
+        shared: bool = False,
     ) -> None:
         self.place = place
+        self._shared = shared
         self.coverage = root.coverage
         self.layout: Layout = root.layout
         self._lock = threading.RLock()
@@ -119,7 +129,7 @@ class Writer:
         self._failures_written = (0, -_FAILURES_SECONDS)
         self._claims: Claims = _claims.enter(place, self.layout)
         self._publisher = Publisher(place, self.layout, self._claims, provenance, self._lock, replaces)
-        self._spans = Spans(self.layout, self._lock, self._claim_tokens, self._publish_tokens, self._check)
+        self._spans = Spans(self.layout, self._lock, self._claim_tokens, self._publish_tokens, self._check, shared)
         try:
             with self._claims.lock():
                 self._publisher.refresh()
@@ -362,7 +372,7 @@ class Writer:
         if not self._idle:
             if len(self._buffers) == BUFFERS:
                 return None
-            self._buffers.append(ShardBuffer(self.layout))
+            self._buffers.append(ShardBuffer(self.layout, self._shared))
             self._idle.append(self._buffers[-1])
         with self._claims.lock():
             number, fencing = self._claims.claim()

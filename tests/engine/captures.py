@@ -169,6 +169,7 @@ def store(job: Job, engine: VllmEngine, answers: dict[str, Generation], out: Pat
         coverage=job.coverage,
         provenance=engine.provenance,
         planned=len(job.prompts),
+        shared=True,
     ) as writer:
         assert len(writer.reserve(list(answers), len(answers))) == len(answers)
         shelf = Shelf(engine, writer)

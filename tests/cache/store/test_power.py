@@ -88,6 +88,7 @@ def record(tiny, tmp_path, monkeypatch):
         settings = settings_of(tiny, kind, codec)
         with monkeypatch.context() as patch:
             patch.setattr(files, "os", disk)
+            patch.setattr(files, "_PAST_CACHE", files._BLOCK)  # a few pages are as long as these files get
             patch.setattr(publisher, "ThreadPoolExecutor", lambda *_: Inline())
             first = tiny.open_tiny(root / CAPTURE, 2, **settings)
             writers.append(first)

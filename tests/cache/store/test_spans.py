@@ -313,7 +313,7 @@ def test_pieces_are_filled_by_another_process(tiny, tmp_path, coverage, assert_h
     worker = subprocess.Popen(
         [sys.executable, "-c", script, tiny.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    with tiny.open_tiny(tmp_path / "c", 10, coverage=coverage) as writer:
+    with tiny.open_tiny(tmp_path / "c", 10, coverage=coverage, shared=True) as writer:
         for i in range(10):
             shard, slot, _, span, _ = begin(tiny, writer, i)
             while span.rest:

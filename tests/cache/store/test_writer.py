@@ -264,7 +264,7 @@ def test_the_shard_is_filled_by_another_process(tiny, tmp_path, assert_holds):
     worker = subprocess.Popen(
         [sys.executable, "-c", script, tiny.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    with tiny.open_tiny(tmp_path / "c", 10, shard_samples=2) as writer:
+    with tiny.open_tiny(tmp_path / "c", 10, shard_samples=2, shared=True) as writer:
         writer.reserve([tiny.key(i) for i in range(10)], 10)
         for i in range(10):
             shard, slot = writer.slot()
@@ -278,6 +278,14 @@ def test_the_shard_is_filled_by_another_process(tiny, tmp_path, assert_holds):
     handle["arrays"]["mlp_out"]["inode"] += 1
     with pytest.raises(StoreError, match="shard buffer"):
         attach(handle)
+
+
+def test_a_shard_that_no_other_process_can_fill_says_so(tiny, tmp_path):
+    with tiny.open_tiny(tmp_path / "c", 1) as writer:
+        shard, slot = writer.slot()
+        with pytest.raises(StoreError, match="shared=True"):
+            _ = shard.handle
+        writer.release(shard, slot)
 
 
 def test_a_forked_child_does_not_keep_its_parents_lock(tmp_path):
