@@ -2,28 +2,20 @@
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from hiddenlake.cache.errors import ProbeError, UnknownNameError
-from hiddenlake.cache.identity import digest
-from hiddenlake.cache.positions import ABSENT, POOLS
-from hiddenlake.cache.sites import parse_site
-from hiddenlake.cache.store.reader import open_capture
+from hiddenlake.cache.errors import ProbeError
 from hiddenlake.probing.compat import MAX_TOKENS
 from hiddenlake.probing.fit import fit_probes
 from hiddenlake.probing.inference import false_discovery_rate, max_t
 from hiddenlake.probing.saving import open_grid, save_grid
+from hiddenlake.probing.selection import Selection, select
 from hiddenlake.probing.sweep import Progress
 
 __all__ = ["BestCell", "at_one_C", "best_cell", "cross_selected_auc", "fit_grid", "open_grid", "save_grid"]
-
-# Names of the (positive, negative) class in the grid. A probe of `correct` detects errors: the wrong
-# answers are its positive class, as in "LLMs Know More Than They Show".
-_CLASSES = {"correct": ("wrong", "correct")}
 
 
 def fit_grid(
@@ -66,30 +58,20 @@ def fit_grid(
 
     Raises ProbeError, UnknownNameError.
     """
-    data, path = _open(capture)
-    site = _site(data, site)
-    data = _select(data, layers, positions)
-    value, labelled = _label(data, label)
-    if not labelled.any():
-        raise ProbeError(f"no sample has a value of {label!r}: add the label, or name another column")
-    token_index = data.token_index.transpose("position", "sample").values
-    mask = token_index != ABSENT
-    keep = labelled.copy()
-    if compat is None:
-        in_answer = data.in_answer.transpose("position", "sample").values.astype(bool)
-        mask &= in_answer | np.isin(data.position.values.astype(str), ["last_q", *POOLS])[:, None]
-    else:
+    chosen = select(
+        capture, site, label=label, groups=groups, layers=layers, positions=positions, in_answer=compat is None
+    )
+    data, keep = chosen.data, chosen.labelled.copy()
+    if compat is not None:
         keep &= data.exact_answer_valid.values.astype(bool) & (data.total_length.values <= MAX_TOKENS)
-    positive_name, negative_name = _CLASSES.get(label, ("positive", "negative"))
-    positive = ~value if label in _CLASSES else value
     n_layers, n_positions = data.sizes["layer"], data.sizes["position"]
     n_cells = (n_layers + 1) * n_positions
     shared = {
         "C": C,
         "cv": cv,
-        "groups": _groups(data, groups),
-        "index": _sample_names(data),
-        "mask": mask,
+        "groups": chosen.groups,
+        "index": chosen.index,
+        "mask": chosen.mask,
         "keep": keep,
         "scale": scale,
         "solver": solver,
@@ -98,15 +80,15 @@ def fit_grid(
         "compat": compat,
     }
     grid = fit_probes(
-        data[site],
-        positive,
+        data[chosen.site],
+        chosen.positive,
         shuffles=shuffles,
         progress=progress and (lambda done, _: progress(done, n_cells)),
         **shared,
     )
     control = fit_probes(
         data["embed"],
-        positive,
+        chosen.positive,
         shuffles=0,
         progress=progress and (lambda done, _: progress(n_layers * n_positions + done, n_cells)),
         **shared,
@@ -114,20 +96,18 @@ def fit_grid(
     for name in ("auc", "auc_lo", "auc_hi"):
         grid[f"token_{name}"] = control[name].isel(layer=0, drop=True)
     grid.attrs["token_converged"] = bool(control.converged.where(control.auc.notnull(), True).all())
-    grid[f"n_{positive_name}"], grid[f"n_{negative_name}"] = grid.n_positive, grid.n_negative
-    for name, members in ((positive_name, labelled & positive), (negative_name, labelled & ~positive)):
-        _add_shares(grid, name, members, data.exact_answer_valid.values.astype(bool), mask, compat)
+    _add_classes(grid, chosen, compat)
     grid.attrs |= {
         "model": str(data.attrs.get("model", "")),
         "task": str(data.attrs.get("task", "")),
-        "site": site,
+        "site": chosen.site,
         "label": label,
-        "positive_class": positive_name if label in _CLASSES else f"{label} is true",
+        "positive_class": chosen.positive_class,
         "groups": "none: one random split" if compat else groups or "question",
         "n_samples": int(data.sizes["sample"]),
-        "n_unlabelled": int((~labelled).sum()),
-        "capture": path,
-        "identity": _identity(data.attrs),
+        "n_unlabelled": int((~chosen.labelled).sum()),
+        "capture": chosen.path,
+        "identity": chosen.digest,
         "hiddenlake": version("hiddenlake"),
     }
     _note_best(grid)
@@ -216,100 +196,18 @@ def _note_best(grid: xr.Dataset) -> None:
     grid.attrs["note"] = note + "."
 
 
-def _add_shares(
-    grid: xr.Dataset, name: str, members: np.ndarray, valid: np.ndarray, mask: np.ndarray, compat: str | None
-) -> None:
-    count = grid[f"n_{name}"].values
-    with np.errstate(invalid="ignore", divide="ignore"):
-        if compat is None:
-            inside = mask & members
-            share = (inside & valid).sum(axis=1) / inside.sum(axis=1)
-        else:  # rows without a valid exact answer were dropped
-            share = np.where(count[0] > 0, 1.0, np.nan)
-        kept = count / members.sum()
-    grid[f"valid_share_{name}"] = ("layer", "position"), np.broadcast_to(share, count.shape).copy()
-    grid[f"kept_share_{name}"] = ("layer", "position"), kept
-
-
-def _open(capture: Any) -> tuple[xr.Dataset, str]:
-    if isinstance(capture, xr.Dataset):
-        return capture, str(capture.attrs.get("capture", ""))
-    if isinstance(capture, (str, Path)):
-        capture = open_capture(capture)
-    return capture.dataset(), str(capture.path)
-
-
-def _identity(attrs: dict[str, Any]) -> str:
-    """Digest of the value identity, whose nested names a Dataset's attributes join by dots."""
-    identity: dict[str, Any] = {}
-    for name, value in attrs.items():
-        *outer, last = name.split(".")
-        at = identity
-        for part in outer:
-            at = at.setdefault(part, {})
-        at[last] = value
-    identity.pop("capture", None)
-    return digest(identity)
-
-
-def _site(data: xr.Dataset, name: str) -> str:
-    layer, site = parse_site(name)
-    there = sorted(str(v) for v in data.data_vars if {"layer", "position", "sample"} <= set(data[v].dims))
-    if site not in there:
-        raise UnknownNameError(f"the capture has no site {site!r}: it has {', '.join(there) or 'none with layers'}")
-    if layer is not None:
-        raise UnknownNameError(f"{name!r} names one layer, a grid has many: say site={site!r} and layers=[{layer}]")
-    return site
-
-
-def _select(data: xr.Dataset, layers: list[int] | None, positions: list[str] | None) -> xr.Dataset:
-    for dim, wanted in (("layer", layers), ("position", positions)):
-        if wanted is None:
-            continue
-        there = data[dim].values.tolist()
-        wanted = [str(one) if dim == "position" else one for one in wanted]
-        missing = [one for one in wanted if one not in there]
-        if missing or not wanted:
-            raise UnknownNameError(f"the capture has no {dim} {missing or '(none named)'}: it has {there}")
-        data = data.isel({dim: [there.index(one) for one in wanted]})
-    return data
-
-
-def _columns(data: xr.Dataset) -> list[str]:
-    return sorted(str(name) for name in data.variables if data[name].dims == ("sample",) and name != "sample")
-
-
-def _label(data: xr.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(value, whether there is one), each (sample,) bool."""
-    if name not in _columns(data):
-        raise UnknownNameError(f"no column {name!r}: the samples have {', '.join(_columns(data))}")
-    values = data[name].values
-    if values.dtype == bool:
-        return values, np.ones(len(values), bool)
-    there = np.array([value is not None and value == value for value in values.tolist()], bool)
-    found = set(values[there].tolist())
-    if not found <= {0, 1}:
-        raise ProbeError(
-            f"label {name!r} has the values {sorted(map(str, found))[:5]}: expected true and false, or 1 and 0"
-        )
-    return np.array([bool(ok and value) for value, ok in zip(values.tolist(), there, strict=True)], bool), there
-
-
-def _groups(data: xr.Dataset, name: str | None) -> np.ndarray:
-    question = np.array([f"question {i}" for i in data["index"].values.tolist()], object)
-    if name is None:
-        return question.astype(str)
-    if name == "gold":
-        values = [answers[0] if len(answers) else "" for answers in data["answers"].values]
-    elif name in _columns(data):
-        values = data[name].values.tolist()
-    else:
-        raise UnknownNameError(f"no column {name!r}: groups are `gold`, None, or one of {', '.join(_columns(data))}")
-    named = [str(value) if value is not None and value == value and str(value) else "" for value in values]
-    return np.array([value or own for value, own in zip(named, question, strict=True)], str)
-
-
-def _sample_names(data: xr.Dataset) -> np.ndarray:
-    """Task index and sample index: the same in every capture of one run."""
-    pairs = zip(data["index"].values.tolist(), data["sample_index"].values.tolist(), strict=True)
-    return np.array([f"{index}/{sample}" for index, sample in pairs])
+def _add_classes(grid: xr.Dataset, chosen: Selection, compat: str | None) -> None:
+    """Number of each class, its share with a valid exact answer, and the share of it that is in the cell."""
+    valid = chosen.data.exact_answer_valid.values.astype(bool)
+    sides = chosen.labelled & chosen.positive, chosen.labelled & ~chosen.positive
+    for name, members, counted in zip(chosen.names, sides, (grid.n_positive, grid.n_negative), strict=True):
+        grid[f"n_{name}"], count = counted, counted.values
+        with np.errstate(invalid="ignore", divide="ignore"):
+            if compat is None:
+                inside = chosen.mask & members
+                share = (inside & valid).sum(axis=1) / inside.sum(axis=1)
+            else:  # rows without a valid exact answer were dropped
+                share = np.where(count[0] > 0, 1.0, np.nan)
+            kept = count / members.sum()
+        grid[f"valid_share_{name}"] = ("layer", "position"), np.broadcast_to(share, count.shape).copy()
+        grid[f"kept_share_{name}"] = ("layer", "position"), kept

@@ -277,17 +277,23 @@ def probe_command(
     out: Annotated[Path, typer.Option(help="The grid to write, a .zarr folder.")],
     label: Annotated[str, typer.Option(help="A column of the samples or of labels/.")] = "correct",
     groups: Annotated[str, typer.Option(help="`group`, `gold` (the gold answer), or another column.")] = "group",
+    layers: Annotated[str, typer.Option(help="`all`, or 0-based layers: 13 or 0,5,10-12.")] = "all",
+    positions: Annotated[str, typer.Option(help="`all`, or positions, by comma.")] = "all",
     cv: Annotated[int, typer.Option(help="Folds.")] = 5,
     C: Annotated[str, typer.Option("--C", help="Inverse regularisation strengths, by comma.")] = "0.01",
     scale: Annotated[str, typer.Option(help="`none`, `rms` or `feature`, fitted in the fold.")] = "feature",
     shuffles: Annotated[int, typer.Option(help="Shuffled-label controls a cell.")] = 1,
     seed: Annotated[int, typer.Option(help="Of folds and shuffles.")] = 0,
     compat: Annotated[str | None, typer.Option(help="`llmsknow`: the paper's fit to the letter.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Also fit the best cell on all samples, and keep that probe in this file.")
+    ] = None,
 ) -> None:
     """Fit certified probes over all (layer, position) cells of one site."""
     from dataclasses import asdict
 
     from hiddenlake.cache.progress import counted
+    from hiddenlake.cache.sites import parse_layers
     from hiddenlake.cache.store.reader import open_capture
     from hiddenlake.probing.grid import best_cell, fit_grid, save_grid
 
@@ -295,12 +301,16 @@ def probe_command(
         strengths = tuple(float(c) for c in C.split(","))
     except ValueError as error:
         raise BadInputError(f"--C {C!r} is not a list of numbers such as 0.01 or 0.001,0.01") from error
+    opened = open_capture(capture)
+    coverage = opened.coverage
     with counted(f"probing {site}") as progress:
         grid = fit_grid(
-            open_capture(capture),
+            opened,
             site,
             label=label,
             groups=groups,
+            layers=None if layers == "all" else parse_layers(layers, max(coverage.layers, default=-1) + 1),
+            positions=None if positions == "all" else positions.split(","),
             cv=cv,
             C=strengths,
             scale=scale,
@@ -310,7 +320,43 @@ def probe_command(
             progress=progress,
         )
     save_grid(grid, out)
-    print(json.dumps(asdict(best_cell(grid))))
+    best = best_cell(grid)
+    if keep is not None:
+        from hiddenlake.probing.train import fit_probe
+
+        probe = fit_probe(
+            opened, site, best.layer, best.position, label=label, groups=groups, C=best.C, cv=cv, scale=scale, seed=seed
+        )
+        talk(f"the probe of layer {best.layer}, {best.position} is kept in {probe.save(keep)}")
+    print(json.dumps(asdict(best)))
+
+
+@app.command("score")
+def score_command(
+    probe: Annotated[Path, typer.Argument(help="A probe, as `probe --keep` wrote it.", show_default=False)],
+    capture: Capture,
+    out: Annotated[Path | None, typer.Option(help="A .parquet or .csv file; without it a table is printed.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where model, weights or precision are others; the result says so.")
+    ] = False,
+    rows: Annotated[int, typer.Option(help="Rows of the table.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Score every sample of a capture by a kept probe: log-odds and probability of its positive class."""
+    from hiddenlake.probing.probe import load_probe, score_capture
+
+    found = score_capture(load_probe(probe), capture, force)
+    table = found.to_dataframe().reset_index()
+    if found.attrs["forced"]:
+        talk(f"forced: the capture differs from the one that the probe was trained on in {found.attrs['differs']}")
+    if out is not None:
+        if out.suffix not in (".parquet", ".csv"):
+            raise BadInputError(f"{out}: expected a file whose name ends in .parquet or .csv")
+        table.to_parquet(out) if out.suffix == ".parquet" else table.to_csv(out, index=False)
+        talk(f"{len(table)} samples written to {out}")
+        return
+    shown = table.to_dict("records")
+    print(json.dumps({**found.attrs, "scores": shown})) if as_json else print_table(shown[:rows])
 
 
 @app.command("heatmap")

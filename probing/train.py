@@ -1,0 +1,70 @@
+"""Train: one probe to be kept, fitted on all samples of one cell, with what its cross-validation says of it."""
+
+from typing import Any
+
+import numpy as np
+
+from hiddenlake.cache.errors import ProbeError
+from hiddenlake.probing.cell import SOLVERS
+from hiddenlake.probing.fit import fit_probes
+from hiddenlake.probing.probe import Probe
+from hiddenlake.probing.selection import select
+from hiddenlake.probing.solvers.problem import make_problem
+
+
+def fit_probe(
+    capture: Any,
+    site: str,
+    layer: int,
+    position: str,
+    *,
+    label: str = "correct",
+    groups: str | None = "group",
+    C: float = 0.01,
+    cv: int = 5,
+    scale: str = "feature",
+    solver: str = "auto",
+    tol: float = 1e-6,
+    seed: int = 0,
+) -> Probe:
+    """Fit the probe of one cell on all of its samples.
+
+    The arguments are those of fit_grid, and so are the samples. What `fit` holds of the probe's AUC is that of the
+    cross-validated probes, each of which saw fewer samples.
+
+    Raises ProbeError, UnknownNameError.
+    """
+    chosen = select(capture, site, label=label, groups=groups, layers=[layer], positions=[str(position)])
+    cell = chosen.data[chosen.site].isel(layer=0, position=0).transpose("sample", ...)
+    judged = fit_probes(
+        cell, chosen.positive, C=C, cv=cv, groups=chosen.groups, index=chosen.index, mask=chosen.mask[0],
+        keep=chosen.labelled, scale=scale, solver=solver, tol=tol, shuffles=0, seed=seed,
+    ).isel(layer=0, position=0, C=0)  # fmt: skip
+    if judged.auc.isnull():
+        raise ProbeError(f"layer {layer}, {position}: {str(judged.reason.item())}")
+    rows = np.flatnonzero(chosen.labelled & chosen.mask[0])
+    rows = rows[np.argsort(chosen.index[rows], kind="stable")]
+    problem = make_problem(
+        cell.values[rows], chosen.positive[None, rows], np.ones((1, len(rows))), C=np.array([C]), fold=np.array([0]),
+        label_set=np.array([0]), scale=scale,
+    )  # fmt: skip
+    found = SOLVERS[solver](problem, tol)
+    # z = ((x - centre) unit) . w + b, in the coordinates of the stored x
+    coef = found.coef[:, 0] * problem.unit[0].cpu().numpy()
+    return Probe(
+        coef=coef,
+        intercept=float(found.intercept[0] - coef @ problem.centre.cpu().numpy()),
+        site=chosen.site,
+        layer=int(layer),
+        position=str(position),
+        label=label,
+        positive_class=chosen.positive_class,
+        identity=chosen.identity,
+        fit={
+            "C": float(C), "scale": scale, "solver": judged.attrs.get("solver", solver), "tol": tol, "seed": seed,
+            "n": len(rows), "n_positive": int(chosen.positive[rows].sum()), "n_iter": int(found.n_iter[0]),
+            "objective": float(found.objective[0]), "gap_bound": float(found.gap_bound[0]),
+            "converged": bool(found.converged[0]), "folds": cv, "groups": groups or "question",
+            "auc": float(judged.auc), "auc_lo": float(judged.auc_lo), "auc_hi": float(judged.auc_hi),
+        },
+    )  # fmt: skip
