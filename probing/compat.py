@@ -26,7 +26,7 @@ from sklearn.model_selection import train_test_split
 from hiddenlake.cache.errors import ProbeError
 from hiddenlake.probing.cell import Cell, two_classes
 from hiddenlake.probing.cells import Cells
-from hiddenlake.probing.certificate import certify
+from hiddenlake.probing.solvers.certificate import certify
 from hiddenlake.probing.metrics import auroc, delong_interval
 from hiddenlake.probing.result import assemble
 from hiddenlake.probing.solvers.problem import make_problem

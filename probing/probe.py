@@ -7,6 +7,7 @@ JSON header under `hiddenlake.probe`.
 import json
 import os
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -103,7 +104,8 @@ class Probe:
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror or error}: the probe was not saved") from error
         finally:
-            new.unlink(missing_ok=True)
+            with suppress(OSError):
+                new.unlink()
         return path
 
 

@@ -1,7 +1,7 @@
 """Newton: all columns of a fold at once, along the path of growing C, and the certificate that it holds.
 
 The intercept is eliminated: every value of the objective is at its best intercept, so that the Hessian is a Schur
-complement and the gradient is the certificate's (hiddenlake.probing.certificate).
+complement and the gradient is the certificate's (hiddenlake.probing.solvers.certificate).
 
 Steps are solved for in float32. What is true is decided in float64, from the rows as they were stored. A column whose
 certificate does not hold goes on from its exact scores, first in float32 again, which is what iterative refinement is,
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hiddenlake.kernels.logistic import Losses
-from hiddenlake.probing.certificate import Fitted, Intercepts, certify_columns
+from hiddenlake.probing.solvers.certificate import Fitted, Intercepts, certify_columns
 from hiddenlake.probing.solvers.problem import Columns, Problem, Solution
 from hiddenlake.probing.solvers.spaces import BreakdownError, Curvature, Dual, Primal, Step, make_space
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from hiddenlake.probing.certificate import certify
+from hiddenlake.probing.solvers.certificate import certify
 from hiddenlake.probing.solvers.problem import Problem, Solution
 
 # scikit-learn stops on the largest gradient entry, which bounds no gap: tighten until the certificate holds.
