@@ -11,6 +11,7 @@ It is evaluated in float64 from the stored rows, never from what a solver keeps 
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -34,40 +35,48 @@ class Fitted:
     at: Losses
 
 
+@dataclass(frozen=True, slots=True)
 class Intercepts:
     """Optimises the intercepts of columns in one dimension, at any scores.
 
-    columns : of one fold.  dtype : of the scores.
+    weight, inside : (n,) and (n, 1), of the rows.  positive : (n, k).  strength : (2, k).
+    total, log_odds : (k,), what all rows weigh, and the log of what the positive ones do over the others.
     """
 
-    def __init__(self, columns: Columns, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._weight, self._strength = columns.weight.to(dtype), columns.strength.to(dtype)
-        self._positive = columns.positive
-        self._inside = (columns.weight > 0)[:, None]
-        of_class = [(columns.weight[:, None] * side).sum(0) for side in (~columns.positive, columns.positive)]
-        negative, positive = (weight * strength for weight, strength in zip(of_class, columns.strength, strict=True))
-        self._total = (negative + positive).to(dtype)
-        self._log_odds = (positive.log() - negative.log()).to(dtype)
+    weight: torch.Tensor
+    inside: torch.Tensor
+    positive: torch.Tensor
+    strength: torch.Tensor
+    total: torch.Tensor
+    log_odds: torch.Tensor
 
-    def __getitem__(self, chosen: torch.Tensor) -> "Intercepts":
+    @classmethod
+    def of(cls, columns: Columns, dtype: torch.dtype) -> Self:
+        """columns : of one fold.  dtype : of the scores."""
+        sides = (columns.weight @ side.double() for side in (~columns.positive, columns.positive))
+        negative, positive = (side * strength for side, strength in zip(sides, columns.strength, strict=True))
+        return cls(
+            columns.weight.to(dtype), (columns.weight > 0)[:, None], columns.positive, columns.strength.to(dtype),
+            (negative + positive).to(dtype), (positive.log() - negative.log()).to(dtype),
+        )  # fmt: skip
+
+    def __getitem__(self, chosen: torch.Tensor) -> Self:
         """Of some of the columns."""
-        other = object.__new__(Intercepts)
-        other.dtype, other._weight, other._inside = self.dtype, self._weight, self._inside
-        other._strength, other._positive = self._strength[:, chosen], self._positive[:, chosen].contiguous()
-        other._total, other._log_odds = self._total[chosen], self._log_odds[chosen]
-        return other
+        return type(self)(
+            self.weight, self.inside, self.positive[:, chosen].contiguous(), self.strength[:, chosen].contiguous(),
+            self.total[chosen], self.log_odds[chosen],
+        )  # fmt: skip
 
     def fit(self, scores: torch.Tensor, intercept: torch.Tensor) -> Fitted:
         """scores : (n, k) without intercept.  intercept : (k,) where to start."""
         # sum_i s_i sigma(z_i + b) = what the positive class weighs has its root between these two.
-        low = self._log_odds - scores.masked_fill(~self._inside, -torch.inf).amax(0)
-        high = self._log_odds - scores.masked_fill(~self._inside, torch.inf).amin(0)
+        low = self.log_odds - scores.masked_fill(~self.inside, -torch.inf).amax(0)
+        high = self.log_odds - scores.masked_fill(~self.inside, torch.inf).amin(0)
         intercept = intercept.clamp(low, high)
-        tol = _INTERCEPT_TOL[self.dtype]
+        tol = _INTERCEPT_TOL[scores.dtype]
         for _ in range(_INTERCEPT_STEPS):
-            at = logistic_losses(scores, intercept, self._positive, self._weight, self._strength)
-            if (at.slope.abs() <= tol * self._total).all():
+            at = logistic_losses(scores, intercept, self.positive, self.weight, self.strength)
+            if (at.slope.abs() <= tol * self.total).all():
                 break
             low, high = torch.where(at.slope < 0, intercept, low), torch.where(at.slope > 0, intercept, high)
             step = intercept - at.slope / torch.where(at.curve > 0, at.curve, 1.0)
@@ -98,7 +107,7 @@ def certify_columns(columns: Columns, coef: torch.Tensor, intercept: torch.Tenso
     coef : (d, k) float64, in the scaled coordinates of the fold.  intercept : (k,), re-optimised here.
     """
     scores = columns.rows.scores(coef)
-    fitted = Intercepts(columns, torch.float64).fit(scores, intercept)
+    fitted = Intercepts.of(columns, torch.float64).fit(scores, intercept)
     gradient = columns.rows.pull(fitted.at.residual).add_(coef)
     return Certificate(
         objective=fitted.at.loss + 0.5 * coef.square().sum(0),

@@ -112,7 +112,7 @@ class _Fold:
         dtype, tol = space.A.dtype, self.tol
         out, out_b = state.clone(), b.clone()
         on = torch.arange(len(group), device=group.device)
-        intercepts = Intercepts(self.training[group], dtype)
+        intercepts = Intercepts.of(self.training[group], dtype)
         fitted = intercepts.fit(scores.to(dtype), b.to(dtype))
         square = space.square(state, scores)
         for _ in range(_MAX_NEWTON):
@@ -139,7 +139,7 @@ class _Fold:
             # (Eisenstat and Walker 1996).
             accuracy = (norm / (2 * objective)).sqrt().to(dtype).clamp(1e-3, 0.1)
             try:
-                step, slope = space.solve(g, Curvature(curvature), c, accuracy)
+                step, slope = space.solve(g, Curvature.of(curvature), c, accuracy)
             except BreakdownError:
                 break
             state, scores, square, fitted, moved = self._search(
@@ -199,7 +199,7 @@ class _Fold:
         one = torch.tensor([column], device=coef.device)
         training = self.training[one]
         A = training.rows.matrix(torch.float64)
-        intercepts = Intercepts(training, torch.float64)
+        intercepts = Intercepts.of(training, torch.float64)
         w = coef[:, one]
         scores = A @ w
         fitted = intercepts.fit(scores, intercept[one])

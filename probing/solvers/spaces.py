@@ -17,6 +17,7 @@ Shape letters: n rows, d features, k columns.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -47,26 +48,29 @@ def make_space(A: torch.Tensor) -> "Primal | Dual":
     return Primal(A) if A.shape[1] <= A.shape[0] else Dual(A)
 
 
+@dataclass(frozen=True, slots=True)
 class Curvature:
     """D of some columns at their best intercept: D - D 1 1^T D / 1^T D 1.
 
-    values : (n, k).
+    values : (n, k).  inverse : (k,), of their sums.
     """
 
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
-        total = values.sum(0)
-        self._inverse = torch.where(total > 0, 1.0 / total, 0.0)
+    values: torch.Tensor
+    inverse: torch.Tensor
 
-    def __getitem__(self, chosen: torch.Tensor) -> "Curvature":
-        other = object.__new__(Curvature)
-        other.values, other._inverse = self.values[:, chosen].contiguous(), self._inverse[chosen]
-        return other
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Self:
+        total = values.sum(0)
+        return cls(values, torch.where(total > 0, 1.0 / total, 0.0))
+
+    def __getitem__(self, chosen: torch.Tensor) -> Self:
+        """Of some of the columns."""
+        return type(self)(self.values[:, chosen].contiguous(), self.inverse[chosen])
 
     def __call__(self, scores: torch.Tensor) -> torch.Tensor:
         """(n, k) change of the residual for a change of the scores."""
         out = self.values * scores
-        return out.addcmul_(self.values, out.sum(0) * self._inverse, value=-1.0)
+        return out.addcmul_(self.values, out.sum(0) * self.inverse, value=-1.0)
 
 
 class Primal:

@@ -212,7 +212,7 @@ def test_a_step_solves_newtons_system(n, d, c, dtype):
     torch.testing.assert_close(space.scores(state), A @ w, **close)
     torch.testing.assert_close(space.square(state, A @ w), w.square().sum(0), **close)
     accuracy = torch.full((3,), 1e-5 if dtype == torch.float32 else 1e-12, dtype=dtype)
-    step, slope = space.solve(handle, spaces.Curvature(D.to(dtype)), c, accuracy)
+    step, slope = space.solve(handle, spaces.Curvature.of(D.to(dtype)), c, accuracy)
     for k in range(3):
         without = torch.diag(D[:, k]) - torch.outer(D[:, k], D[:, k]) / D[:, k].sum()
         expected = -torch.linalg.solve(torch.eye(d, dtype=torch.float64) + A.T @ without @ A, gradient[:, k])
@@ -255,7 +255,7 @@ def test_the_intercept_is_found_where_newton_alone_overshoots():
     scores = torch.tensor([[-800.0], [-500.0], [300.0], [900.0]], dtype=torch.float64)
     positive = torch.tensor([[False], [True], [False], [True]])
     columns = Columns(None, torch.ones(4, dtype=torch.float64), positive, torch.ones(2, 1, dtype=torch.float64))
-    at = Intercepts(columns, torch.float64).fit(scores, torch.tensor([5e3], dtype=torch.float64)).at
+    at = Intercepts.of(columns, torch.float64).fit(scores, torch.tensor([5e3], dtype=torch.float64)).at
     assert abs(float(at.residual.sum())) < 1e-9
 
 
