@@ -26,45 +26,44 @@ class Losses(NamedTuple):
 
 
 def logistic_losses(
-    scores: torch.Tensor, intercept: torch.Tensor, positive: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    scores: torch.Tensor, intercept: torch.Tensor, sign: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> Losses:
-    """Of each column j, sum_i weight_ij log(1 + exp(-y_ij (scores_ij + intercept_j))), y = 1 where positive, else -1.
+    """Of each column j, sum_i weight_ij log(1 + exp(-sign_ij (scores_ij + intercept_j))).
 
-    scores : (..., n, k) float32 or float64, contiguous.  intercept : (..., k).  positive : (..., n, k) bool.
+    scores : (..., n, k) float32 or float64, contiguous.  intercept : (..., k).
+    sign : (..., n, k) 1 for the positive class, else -1, as numbers of the scores' dtype.
     rows : (..., n) weight of each row, 0 for one that does not count.
-    columns : (..., 2, k) weights of a column's negative and positive rows: weight_ij = rows_i columns[y]_j.
+    columns : (..., 2, k) weights of a column's negative and positive rows: weight_ij = rows_i columns[class]_j.
 
     Sums are taken over tiles of rows, then over tiles, always in the same order.
 
     ValueError where a shape or a dtype does not fit; ImportError on CUDA without Triton.
     """
-    _check(scores, intercept, positive, rows, columns)
+    _check(scores, intercept, sign, rows, columns)
     if scores.is_cuda:
         with torch.cuda.device(scores.device):  # Triton launches on the current device
-            return logistic_losses_triton(scores, intercept, positive, rows, columns)
-    return logistic_losses_reference(scores, intercept, positive, rows, columns)
+            return logistic_losses_triton(scores, intercept, sign, rows, columns)
+    return logistic_losses_reference(scores, intercept, sign, rows, columns)
 
 
 def logistic_losses_reference(
-    scores: torch.Tensor, intercept: torch.Tensor, positive: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    scores: torch.Tensor, intercept: torch.Tensor, sign: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> Losses:
     """logistic_losses in plain torch, on any device."""
-    negative_weight, positive_weight = columns[..., None, 0, :], columns[..., None, 1, :]
-    weight = torch.where(positive, positive_weight, negative_weight).mul_(rows[..., None])
-    margin = scores + intercept[..., None, :]
-    margin = torch.where(positive, margin, -margin)
-    decay = margin.abs().neg_().exp_()
-    shrink = (1.0 + decay).reciprocal_()
-    wrong = torch.where(margin >= 0, decay * shrink, shrink)  # sigma(-margin), without overflow
-    loss = (weight * (torch.log1p(decay) - margin.clamp(max=0.0))).sum(-2)
-    residual = weight * wrong
-    residual = torch.where(positive, -residual, residual)
-    curvature = weight.mul_(decay).mul_(shrink).mul_(shrink)
-    return Losses(loss, residual.sum(-2), curvature.sum(-2), residual, curvature)
+    negative, positive = columns[..., :1, :], columns[..., 1:, :]
+    weight = rows[..., None] * (
+        negative if torch.equal(negative, positive) else torch.where(sign > 0, positive, negative)
+    )
+    margin = (scores + intercept[..., None, :]).mul_(sign)
+    wrong = margin.neg().sigmoid_()
+    loss = margin.abs().neg_().exp_().log1p_().sub_(margin.clamp_(max=0.0))
+    curvature = torch.addcmul(wrong, wrong, wrong, value=-1.0).mul_(weight)
+    residual = wrong.mul_(weight).mul_(sign).neg_()
+    return Losses(loss.mul_(weight).sum(-2), residual.sum(-2), curvature.sum(-2), residual, curvature)
 
 
 def logistic_losses_triton(
-    scores: torch.Tensor, intercept: torch.Tensor, positive: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    scores: torch.Tensor, intercept: torch.Tensor, sign: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> Losses:
     """logistic_losses by the Triton kernel: on the current CUDA device, or on a CPU under TRITON_INTERPRET=1."""
     *batch, n, k = scores.shape
@@ -74,7 +73,7 @@ def logistic_losses_triton(
     count = scores.numel() // max(1, n * k)
     if scores.numel():
         _jitted()[(tiles, -(-k // _COLUMNS), count)](
-            scores, intercept.contiguous(), positive.contiguous().view(torch.uint8), rows.contiguous(),
+            scores, intercept.contiguous(), sign.contiguous(), rows.contiguous(),
             columns.contiguous(), residual, curvature, sums, n, k, count, ROWS=_ROWS, COLUMNS=_COLUMNS,
         )  # fmt: skip
     return Losses(*sums.sum(-2), residual, curvature)
@@ -96,7 +95,7 @@ def _jitted() -> Any:
 
 
 def _losses(
-    scores, intercept, positive, rows, columns, residual, curvature, sums, n, k, count,
+    scores, intercept, sign, rows, columns, residual, curvature, sums, n, k, count,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of rows and columns of one problem of the batch."""
@@ -107,7 +106,7 @@ def _losses(
     place = problem * n * k + row.to(tl.int64)[:, None] * k + column[None, :]
     z = tl.load(scores + place, mask=inside, other=0.0)
     z += tl.load(intercept + problem * k + column, mask=in_columns, other=0.0)[None, :]
-    is_positive = tl.load(positive + place, mask=inside, other=0) != 0
+    is_positive = tl.load(sign + place, mask=inside, other=1.0) > 0.0
     of_row = tl.load(rows + problem * n + row, mask=in_rows, other=0.0)[:, None]
     negative_weight = tl.load(columns + problem * 2 * k + column, mask=in_columns, other=0.0)[None, :]
     positive_weight = tl.load(columns + (problem * 2 + 1) * k + column, mask=in_columns, other=0.0)[None, :]
@@ -135,12 +134,12 @@ def _losses(
 
 
 def _check(
-    scores: torch.Tensor, intercept: torch.Tensor, positive: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    scores: torch.Tensor, intercept: torch.Tensor, sign: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> None:
     """Refuse what the kernel would read wrongly: it knows addresses, not tensors."""
     *batch, n, k = scores.shape if scores.ndim >= 2 else (-1, -1)
     shapes = {
-        "intercept": (intercept, (*batch, k)), "positive": (positive, (*batch, n, k)), "rows": (rows, (*batch, n)),
+        "intercept": (intercept, (*batch, k)), "sign": (sign, (*batch, n, k)), "rows": (rows, (*batch, n)),
         "columns": (columns, (*batch, 2, k)),
     }  # fmt: skip
     if scores.ndim < 2 or scores.dtype not in (torch.float32, torch.float64) or not scores.is_contiguous():
@@ -149,9 +148,8 @@ def _check(
             f"(..., n, k), float32 or float64, contiguous."
         )
     for name, (tensor, shape) in shapes.items():
-        dtype = torch.bool if name == "positive" else scores.dtype
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != scores.device:
+        if tuple(tensor.shape) != shape or tensor.dtype != scores.dtype or tensor.device != scores.device:
             raise ValueError(
                 f"logistic_losses: {name} is {tuple(tensor.shape)} {tensor.dtype} {tensor.device}; expected {shape} "
-                f"{dtype} {scores.device}."
+                f"{scores.dtype} {scores.device}."
             )

@@ -39,13 +39,13 @@ class Fitted:
 class Intercepts:
     """Optimises the intercepts of columns in one dimension, at any scores.
 
-    weight, inside : (n,) and (n, 1), of the rows.  positive : (n, k).  strength : (2, k).
+    weight, inside : (n,) and (n, 1), of the rows.  sign : (n, k), 1 or -1.  strength : (2, k).
     total, log_odds : (k,), what all rows weigh, and the log of what the positive ones do over the others.
     """
 
     weight: torch.Tensor
     inside: torch.Tensor
-    positive: torch.Tensor
+    sign: torch.Tensor
     strength: torch.Tensor
     total: torch.Tensor
     log_odds: torch.Tensor
@@ -56,14 +56,14 @@ class Intercepts:
         sides = (columns.weight @ side.double() for side in (~columns.positive, columns.positive))
         negative, positive = (side * strength for side, strength in zip(sides, columns.strength, strict=True))
         return cls(
-            columns.weight.to(dtype), (columns.weight > 0)[:, None], columns.positive, columns.strength.to(dtype),
+            columns.weight.to(dtype), (columns.weight > 0)[:, None], columns.positive.to(dtype).mul_(2.0).sub_(1.0), columns.strength.to(dtype),
             (negative + positive).to(dtype), (positive.log() - negative.log()).to(dtype),
         )  # fmt: skip
 
     def __getitem__(self, chosen: torch.Tensor) -> Self:
         """Of some of the columns."""
         return type(self)(
-            self.weight, self.inside, self.positive[:, chosen].contiguous(), self.strength[:, chosen].contiguous(),
+            self.weight, self.inside, self.sign[:, chosen].contiguous(), self.strength[:, chosen].contiguous(),
             self.total[chosen], self.log_odds[chosen],
         )  # fmt: skip
 
@@ -75,7 +75,7 @@ class Intercepts:
         intercept = intercept.clamp(low, high)
         tol = _INTERCEPT_TOL[scores.dtype]
         for _ in range(_INTERCEPT_STEPS):
-            at = logistic_losses(scores, intercept, self.positive, self.weight, self.strength)
+            at = logistic_losses(scores, intercept, self.sign, self.weight, self.strength)
             if (at.slope.abs() <= tol * self.total).all():
                 break
             low, high = torch.where(at.slope < 0, intercept, low), torch.where(at.slope > 0, intercept, high)

@@ -167,11 +167,14 @@ class _Fold:
         slope : (k,) derivative along the step. Returns where each column has gone, and (k,) whether it has.
         """
         length = torch.ones_like(objective)
+        # Where the intercept goes, to first order: a start from which few steps are left.
+        towards = (fitted.at.curvature * step.scores).sum(0) / fitted.at.curve.clamp_min(1e-30)
         while True:
             moved_state = state + length * step.state
             moved_scores = scores + length * step.scores
             square = space.square(moved_state, moved_scores)
-            moved = intercepts.fit(moved_scores.to(space.A.dtype), fitted.intercept)
+            start = fitted.intercept - (length * towards).to(space.A.dtype)
+            moved = intercepts.fit(moved_scores.to(space.A.dtype), start)
             reached = moved.at.loss + 0.5 * square
             enough = reached <= objective * (1.0 + _ROUNDING[space.A.dtype]) + _ARMIJO * length * slope
             if enough.all() or float(length.min()) < _MIN_STEP:
