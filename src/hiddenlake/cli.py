@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hiddenlake import cli_exchange, cli_lake
+from hiddenlake import cli_exchange, cli_lake, cli_paper
 from hiddenlake.cache.errors import BadInputError, HiddenlakeError
 from hiddenlake.cli_output import (
     EXIT_FAILED_SAMPLES,
@@ -393,6 +393,7 @@ def demo_command(
 
 app.add_typer(cli_lake.app)
 app.add_typer(cli_exchange.app)
+app.add_typer(cli_paper.app, name="paper")
 
 if __name__ == "__main__":
     main()

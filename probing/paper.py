@@ -1,0 +1,131 @@
+"""The paper's experiments, each on one capture of one of its tasks, by any model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from hiddenlake.cache.capture import Summary, Watcher, run_job
+from hiddenlake.cache.identity import Sampling
+from hiddenlake.cache.job import Job, plan_job
+from hiddenlake.cache.model import load_model
+from hiddenlake.cache.store.reader import open_capture
+from hiddenlake.probing.grid import best_cell, fit_grid, save_grid
+from hiddenlake.probing.plots import draw_comparison, draw_heatmap
+from hiddenlake.probing.sweep import Progress
+from hiddenlake.probing.tasks.paper import paper_task
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one task's files lie. folder : of all tasks and models.  name : of this one."""
+
+    folder: Path
+    name: str
+
+    @property
+    def capture(self) -> Path:
+        return self.folder / "lake" / self.name
+
+    def grid(self, kind: str) -> Path:
+        return self.folder / "grids" / f"{self.name}-{kind}.zarr"
+
+    def picture(self, kind: str) -> Path:
+        return self.folder / f"{self.name}-{kind}.png"
+
+
+def paper_job(
+    task: str,
+    model: str | Path,
+    *,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    strict: bool = False,
+    sites: Sequence[str] = ("mlp_out",),
+    dtype: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Job:
+    """What the paper asks of a model for one task: its prompts, positions and longest answers.
+
+    data, limit, strict : see `paper_task`.  sites, dtype, options : see `plan_job`.
+    """
+    found = paper_task(task, load_model(model, dtype), data, limit, strict)
+    return plan_job(
+        model,
+        found,
+        sites=sites,
+        positions=found.data_set.positions,
+        dtype=dtype,
+        max_new_tokens=found.data_set.max_new_tokens,
+        sampling=Sampling(stop=found.stop),
+        options=options,
+    )
+
+
+def capture_task(job: Job, place: Place, *, engine: str = "vllm", watcher: Watcher | None = None) -> Summary:
+    """Capture what is left of a task. Raises KeyboardInterrupt where that was interrupted: the same call goes on."""
+    summary = run_job(job, out=place.capture, engine=engine, watcher=watcher)
+    if summary.interrupted:
+        raise KeyboardInterrupt
+    return summary
+
+
+def place_of(folder: str | Path, job: Job) -> Place:
+    """Of a task and a model."""
+    return Place(Path(folder), f"{job.identity.task}-{job.identity.model.replace('/', '-')}")
+
+
+def heatmap(
+    place: Place,
+    site: str = "mlp_out",
+    *,
+    compat: str | None = None,
+    reference: str | Path | None = None,
+    shuffles: int = 19,
+    progress: Progress | None = None,
+) -> tuple[xr.Dataset, list[Path]]:
+    """The layer x token grid of a captured task, saved and drawn.
+
+    compat : `llmsknow` for the paper's probe to the letter; else certified ones, cross-validated by group.
+    reference : a published grid (CSV), drawn beside it.
+
+    Returns the grid and the pictures.
+    """
+    settings = {"compat": compat} if compat else {"shuffles": shuffles}
+    grid = fit_grid(open_capture(place.capture), site, progress=progress, **settings)
+    kind = f"{site}-{compat}" if compat else site
+    save_grid(grid, place.grid(kind))
+    pictures = [draw_heatmap(grid, place.picture(kind))]
+    if reference is not None:
+        pictures.append(draw_comparison(grid, reference, place.picture(f"{kind}-beside")))
+    return grid, pictures
+
+
+def by_position(grid: xr.Dataset) -> list[dict[str, Any]]:
+    """What each column of a grid rests on: n of each class, the share of it with a valid exact answer, its best AUC.
+
+    A weak extractor finds the exact answer more often in one class than in the other, and so selects.
+    """
+    best = best_cell(grid)
+    at = grid.sel(C=best.C)
+    sides = [name[2:] for name in grid.data_vars if name.startswith("n_") and f"valid_share_{name[2:]}" in grid]
+    rows = []
+    for position in at.position.values.tolist():
+        column = at.sel(position=position)
+        row: dict[str, Any] = {"position": position}
+        for side in sides:
+            row |= {
+                f"n {side}": int(column[f"n_{side}"].isel(layer=0)),
+                f"valid {side}": round(float(column[f"valid_share_{side}"].isel(layer=0)), 3),
+            }
+        if bool(column.auc.notnull().any()):
+            layer = int(column.auc.argmax("layer"))
+            row |= {"best layer": int(column.layer[layer]), "AUC": round(float(column.auc[layer]), 3)}
+            row["95 %"] = f"{float(column.auc_lo[layer]):.3f} to {float(column.auc_hi[layer]):.3f}"
+            row["token alone"] = round(float(column.token_auc), 3)
+        else:
+            row["why not"] = str(column.reason.isel(layer=0).item())
+        rows.append(row)
+    return rows

@@ -1,0 +1,78 @@
+"""The command `hiddenlake paper`: the experiments of "LLMs Know More Than They Show" (arXiv:2410.02707), by any model."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hiddenlake.cache.errors import BadInputError
+from hiddenlake.cli_output import Json, print_table, talk
+
+app = typer.Typer(help="The experiments of 'LLMs Know More Than They Show', by any model.", no_args_is_help=True)
+
+Task = Annotated[
+    str,
+    typer.Option(
+        help="triviaqa, hotpotqa, hotpotqa_with_context, natural_questions_with_context, movies, math, winobias, "
+        "winogrande, mnli or imdb."
+    ),
+]
+Model = Annotated[str, typer.Option(help="Hugging Face folder, or hub id.")]
+Out = Annotated[Path, typer.Option(help="Folder for the lake, the grids and the pictures.")]
+Data = Annotated[Path | None, typer.Option(help="The data set's file; by default it comes from the hub.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first so many questions.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Judge by whole words and numbers, not by substrings.")]
+Engine = Annotated[str, typer.Option(help="`vllm`, or `transformers`, the slower reference.")]
+Dtype = Annotated[str | None, typer.Option(help="`bfloat16`, `float16` or `float32`; default the checkpoint's own.")]
+
+
+@app.callback()
+def paper() -> None:
+    """The experiments of 'LLMs Know More Than They Show', by any model."""
+
+
+@app.command("heatmap")
+def heatmap_command(
+    task: Task,
+    model: Model,
+    out: Out = Path("paper"),
+    data: Data = None,
+    limit: Limit = None,
+    site: Annotated[str, typer.Option(help="Which site's activations.")] = "mlp_out",
+    reference: Annotated[Path | None, typer.Option(help="A published grid (CSV) to draw beside it.")] = None,
+    compat: Annotated[str | None, typer.Option(help="`llmsknow`: the paper's fit to the letter.")] = None,
+    strict: Strict = False,
+    engine: Engine = "vllm",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Which layer and which token know that the answer is wrong: the paper's figures 2 and 6.
+
+    Captures what is not captured yet, fits a probe in every cell, and draws the grid.
+    """
+    from hiddenlake.cache.progress import ProgressBar, counted
+    from hiddenlake.probing.grid import best_cell
+    from hiddenlake.probing.paper import by_position, capture_task, heatmap, paper_job, place_of
+
+    if compat not in (None, "llmsknow"):
+        raise BadInputError(f"--compat {compat!r} does not exist: expected `llmsknow`")
+    job = paper_job(task, model, data=data, limit=limit, strict=strict, sites=(site,), dtype=dtype)
+    place = place_of(out, job)
+    with ProgressBar() as bar:
+        capture_task(job, place, engine=engine, watcher=bar)
+    with counted(f"probing {site}") as progress:
+        grid, pictures = heatmap(place, site, compat=compat, reference=reference, progress=progress)
+    rows, best = by_position(grid), best_cell(grid)
+    if as_json:
+        print(
+            json.dumps({"best": {"layer": best.layer, "position": best.position, "auc": best.auc}, "positions": rows})
+        )
+    else:
+        print_table(rows)
+    talk(
+        f"{task}, {grid.attrs['n_samples']} answers: best at layer {best.layer}, {best.position}: AUC {best.auc:.3f} "
+        f"({best.auc_lo:.3f} to {best.auc_hi:.3f}). {grid.attrs['note']}"
+    )
+    for picture in pictures:
+        talk(str(picture))
