@@ -74,13 +74,14 @@ def acknowledged(said):
 def test_what_was_acknowledged_survives_a_kill_at_any_moment(tiny, forked, tmp_path, assert_holds, kind):
     chance = random.Random(kind)
     killed = ever = 0
+    longest = 0.15
     while killed < KILLS:
         path, safe = tmp_path / "lake" / f"numbers {killed}".replace(" ", "-"), set()
         for round_ in range(KILLS_A_CAPTURE):
             # Now and then two at a time, so that one that lives meets what a dead one left.
             children = [forked(path, kind) for _ in range(2 if round_ % 4 == 3 else 1)]
             for child, said in children:
-                time.sleep(chance.uniform(0, 0.15))
+                time.sleep(chance.uniform(0, longest))
                 before = len(safe)
                 kill(child)
                 killed += 1
@@ -89,6 +90,8 @@ def test_what_was_acknowledged_survives_a_kill_at_any_moment(tiny, forked, tmp_p
                 assert safe | flushed <= held
                 assert len(held) >= published and (len(children) > 1 or len(held) >= before + published)
                 safe, ever = held, ever + published
+                # On a machine that is busier, a process is given longer, so that it has something to lose.
+                longest *= 1.1 if ever < 4 * killed else 0.95
         finish = len(safe) + 20
         tiny.write(path, finish, coverage=tiny.coverage(**tiny.KINDS[kind]))
         held = set(assert_holds(path).keys)
@@ -97,7 +100,7 @@ def test_what_was_acknowledged_survives_a_kill_at_any_moment(tiny, forked, tmp_p
         assert report.ok, report.problems
         left = [name for _, _, names in os.walk(path) for name in names if name.endswith((".partial", ".jsonl"))]
         assert not left
-    assert ever > 3 * KILLS
+    assert ever > 3 * KILLS, (ever, longest)
 
 
 @pytest.mark.parametrize("old", [True, False])
