@@ -35,7 +35,7 @@ def logistic_losses(
     rows : (..., n) weight of each row, 0 for one that does not count.
     columns : (..., 2, k) weights of a column's negative and positive rows: weight_ij = rows_i columns[class]_j.
 
-    Sums are taken over tiles of rows, then over tiles, always in the same order.
+    On CUDA sums are taken over tiles of rows, then over tiles, always in the same order.
 
     ValueError where a shape or a dtype does not fit; ImportError on CUDA without Triton.
     """

@@ -10,9 +10,9 @@ import numpy as np
 from scipy.special import expit
 
 from hiddenlake.cache.errors import ProbeError
-from hiddenlake.probing.solvers.certificate import certified_auc
 from hiddenlake.probing.classification import classify
 from hiddenlake.probing.metrics import auroc, bootstrap_interval, delong_interval
+from hiddenlake.probing.solvers.certificate import certified_auc
 from hiddenlake.probing.solvers.newton import solve_newton
 from hiddenlake.probing.solvers.problem import Problem, Solution, make_problem
 from hiddenlake.probing.solvers.scikit import solve_scikit

@@ -56,7 +56,8 @@ class Intercepts:
         sides = (columns.weight @ side.double() for side in (~columns.positive, columns.positive))
         negative, positive = (side * strength for side, strength in zip(sides, columns.strength, strict=True))
         return cls(
-            columns.weight.to(dtype), (columns.weight > 0)[:, None], columns.positive.to(dtype).mul_(2.0).sub_(1.0), columns.strength.to(dtype),
+            columns.weight.to(dtype), (columns.weight > 0)[:, None], columns.positive.to(dtype).mul_(2.0).sub_(1.0),
+            columns.strength.to(dtype),
             (negative + positive).to(dtype), (positive.log() - negative.log()).to(dtype),
         )  # fmt: skip
 

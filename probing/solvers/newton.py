@@ -54,11 +54,10 @@ class _Fold:
         self.n_iter = torch.zeros(len(label_set), dtype=torch.int64, device=label_set.device)
 
     def solve(self) -> Solution:
-        k = len(self.label_set)
         columns, training = self.columns, self.training
         space = make_space(training.rows.matrix(torch.float32))
         state, intercept = self._path(space)
-        coef = training.rows.pull(state) if isinstance(space, Dual) else state
+        coef = space.coef(state, training.rows)
         found = certify_columns(columns, coef, intercept)
         objective, gap, intercept = found.objective, found.gap_bound, found.intercept
         scores = found.scores
@@ -72,7 +71,7 @@ class _Fold:
             for group in self._groups(left):
                 moved, b = self._newton(space, group, state[:, group], scores[inside][:, group], intercept[group])
                 state[:, group], intercept[group] = moved, b
-            coef[:, left] = training.rows.pull(state[:, left]) if isinstance(space, Dual) else state[:, left]
+            coef[:, left] = space.coef(state[:, left], training.rows)
             found = certify_columns(columns[left], coef[:, left], intercept[left])
             objective[left], gap[left], intercept[left] = found.objective, found.gap_bound, found.intercept
             scores[:, left] = found.scores
@@ -94,7 +93,6 @@ class _Fold:
         n_sets = int(self.label_set.max()) + 1
         state, b = space.start(k), torch.zeros(k, dtype=torch.float64, device=device)
         last = torch.full((n_sets,), -1, device=device)
-        scores = torch.zeros(len(self.training.weight), n_sets, dtype=torch.float64, device=device)
         for group in self._groups(torch.arange(k, device=device)):
             sets = self.label_set[group]
             before = last[sets]

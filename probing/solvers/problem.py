@@ -127,14 +127,6 @@ class Problem:
             if len(chosen):
                 yield fold, chosen
 
-    def scores(self, coef: np.ndarray) -> np.ndarray:
-        """(n, K) float64 scores without intercept of (d, K) weights."""
-        coef = torch.as_tensor(coef, dtype=torch.float64, device=self.X.device)
-        out = coef.new_empty(len(self.X), coef.shape[1])
-        for fold, chosen in self.by_fold():
-            out[:, chosen] = ScaledRows(self.X, self.centre, self.unit[fold]).scores(coef[:, chosen])
-        return out.cpu().numpy()
-
 
 @dataclass(frozen=True, slots=True)
 class Solution:

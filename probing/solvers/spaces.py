@@ -21,6 +21,8 @@ from typing import Self
 
 import torch
 
+from hiddenlake.probing.solvers.problem import ScaledRows
+
 # A factorisation serves all columns whose curvature is, in its mean, within this factor: conjugate gradients lose its
 # root in steps, while another factorisation costs as much as tens of them.
 _REACH = 4.0
@@ -84,8 +86,8 @@ class Primal:
     def start(self, k: int) -> torch.Tensor:
         return self.A.new_zeros(self.A.shape[1], k, dtype=torch.float64)
 
-    def coef(self, state: torch.Tensor) -> torch.Tensor:
-        """(d, k) float64 weights."""
+    def coef(self, state: torch.Tensor, rows: ScaledRows) -> torch.Tensor:
+        """(d, k) float64 weights. rows : those that A was made of, as they are stored."""
         return state
 
     def scores(self, state: torch.Tensor) -> torch.Tensor:
@@ -167,8 +169,8 @@ class Dual:
     def start(self, k: int) -> torch.Tensor:
         return self.A.new_zeros(self.A.shape[0], k, dtype=torch.float64)
 
-    def coef(self, state: torch.Tensor) -> torch.Tensor:
-        return (self.A.mT @ state.to(self.A.dtype)).double()
+    def coef(self, state: torch.Tensor, rows: ScaledRows) -> torch.Tensor:
+        return rows.pull(state)
 
     def scores(self, state: torch.Tensor) -> torch.Tensor:
         return (self._gram @ state.to(self.A.dtype)).double()
@@ -253,7 +255,7 @@ def _cholesky(H: torch.Tensor) -> torch.Tensor:
 
 
 def _largest(gram: torch.Tensor) -> float:
-    """An upper estimate of the largest eigenvalue."""
+    """An estimate of the largest eigenvalue, from below, by eight steps of power iteration."""
     x = gram.sum(1, keepdim=True)
     for _ in range(8):
         x = gram @ (x / x.norm().clamp_min(1e-30))
