@@ -52,15 +52,16 @@ def heatmap_command(
     Captures what is not captured yet, fits a probe in every cell, and draws the grid.
     """
     from hiddenlake.cache.progress import ProgressBar, counted
+    from hiddenlake.probing.experiments.heatmap import by_position, heatmap
+    from hiddenlake.probing.experiments.places import capture_task, paper_job, place_of
     from hiddenlake.probing.grid import best_cell
-    from hiddenlake.probing.paper import by_position, capture_task, heatmap, paper_job, place_of
 
     if compat not in (None, "llmsknow"):
         raise BadInputError(f"--compat {compat!r} does not exist: expected `llmsknow`")
     job = paper_job(task, model, data=data, limit=limit, strict=strict, sites=(site,), dtype=dtype)
     place = place_of(out, job)
     with ProgressBar() as bar:
-        capture_task(job, place, engine=engine, watcher=bar)
+        capture_task(job, place.capture, engine=engine, watcher=bar)
     with counted(f"probing {site}") as progress:
         grid, pictures = heatmap(place, site, compat=compat, reference=reference, progress=progress)
     rows, best = by_position(grid), best_cell(grid)

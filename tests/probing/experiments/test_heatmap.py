@@ -1,18 +1,17 @@
-"""The paper's experiments on a small capture, without an engine."""
-
-from pathlib import Path
+"""The heatmap of a small capture, without an engine."""
 
 import pytest
 
-from hiddenlake.probing import paper
+from hiddenlake.probing.experiments import heatmap as heatmaps
+from hiddenlake.probing.experiments.heatmap import by_position, heatmap
+from hiddenlake.probing.experiments.places import Place
 from hiddenlake.probing.grid import fit_grid, open_grid
-from hiddenlake.probing.paper import Place, by_position, heatmap
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, make_capture):
     """Where a capture would lie: here it is in memory."""
-    monkeypatch.setattr(paper, "open_capture", lambda path: make_capture())
+    monkeypatch.setattr(heatmaps, "open_capture", lambda path: make_capture())
     return Place(tmp_path, "winobias-small")
 
 
@@ -56,8 +55,3 @@ def test_a_column_without_probes_says_why(make_capture):
     rows = {row["position"]: row for row in by_position(fit_grid(data, "mlp_out", shuffles=0))}
     assert "AUC" not in rows["-8"] and rows["-8"]["why not"]
     assert "AUC" in rows["last_q"]
-
-
-def test_each_task_and_model_has_files_of_its_own():
-    place = Place(Path("paper"), "math-a-b")
-    assert place.capture == Path("paper/lake/math-a-b") and place.picture("x") == Path("paper/math-a-b-x.png")

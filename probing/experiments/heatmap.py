@@ -1,80 +1,15 @@
-"""The paper's experiments, each on one capture of one of its tasks, by any model."""
+"""The paper's figures 2 and 6: the layer x token grid of a captured task, saved and drawn."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
-from hiddenlake.cache.capture import Summary, Watcher, run_job
-from hiddenlake.cache.identity import Sampling
-from hiddenlake.cache.job import Job, plan_job
-from hiddenlake.cache.model import load_model
 from hiddenlake.cache.store.reader import open_capture
+from hiddenlake.probing.experiments.places import Place
 from hiddenlake.probing.grid import best_cell, fit_grid, save_grid
 from hiddenlake.probing.plots import draw_comparison, draw_heatmap
 from hiddenlake.probing.sweep import Progress
-from hiddenlake.probing.tasks.paper import paper_task
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one task's files lie. folder : of all tasks and models.  name : of this one."""
-
-    folder: Path
-    name: str
-
-    @property
-    def capture(self) -> Path:
-        return self.folder / "lake" / self.name
-
-    def grid(self, kind: str) -> Path:
-        return self.folder / "grids" / f"{self.name}-{kind}.zarr"
-
-    def picture(self, kind: str) -> Path:
-        return self.folder / f"{self.name}-{kind}.png"
-
-
-def paper_job(
-    task: str,
-    model: str | Path,
-    *,
-    data: str | Path | None = None,
-    limit: int | None = None,
-    strict: bool = False,
-    sites: Sequence[str] = ("mlp_out",),
-    dtype: str | None = None,
-    options: dict[str, Any] | None = None,
-) -> Job:
-    """What the paper asks of a model for one task: its prompts, positions and longest answers.
-
-    data, limit, strict : see `paper_task`.  sites, dtype, options : see `plan_job`.
-    """
-    found = paper_task(task, load_model(model, dtype), data, limit, strict)
-    return plan_job(
-        model,
-        found,
-        sites=sites,
-        positions=found.data_set.positions,
-        dtype=dtype,
-        max_new_tokens=found.data_set.max_new_tokens,
-        sampling=Sampling(stop=found.stop),
-        options=options,
-    )
-
-
-def capture_task(job: Job, place: Place, *, engine: str = "vllm", watcher: Watcher | None = None) -> Summary:
-    """Capture what is left of a task. Raises KeyboardInterrupt where that was interrupted: the same call goes on."""
-    summary = run_job(job, out=place.capture, engine=engine, watcher=watcher)
-    if summary.interrupted:
-        raise KeyboardInterrupt
-    return summary
-
-
-def place_of(folder: str | Path, job: Job) -> Place:
-    """Of a task and a model."""
-    return Place(Path(folder), f"{job.identity.task}-{job.identity.model.replace('/', '-')}")
 
 
 def heatmap(
