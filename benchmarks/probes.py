@@ -29,8 +29,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from hiddenlake.probing.cell import SOLVERS
 from hiddenlake.probing.controls import shuffle_labels
+from hiddenlake.probing.design import SOLVERS
 from hiddenlake.probing.grid import fit_grid
 from hiddenlake.probing.solvers.certificate import certify
 from hiddenlake.probing.solvers.problem import Problem, make_problem

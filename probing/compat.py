@@ -24,11 +24,12 @@ from sklearn.metrics import auc as area
 from sklearn.model_selection import train_test_split
 
 from hiddenlake.cache.errors import ProbeError
-from hiddenlake.probing.cell import Cell, two_classes
+from hiddenlake.probing.cell import Cell
 from hiddenlake.probing.cells import Cells
-from hiddenlake.probing.solvers.certificate import certify
 from hiddenlake.probing.metrics import auroc, delong_interval
 from hiddenlake.probing.result import assemble
+from hiddenlake.probing.solve import two_classes
+from hiddenlake.probing.solvers.certificate import certify
 from hiddenlake.probing.solvers.problem import make_problem
 from hiddenlake.probing.sweep import Progress, sweep
 

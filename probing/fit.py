@@ -6,12 +6,11 @@ import numpy as np
 import xarray as xr
 
 from hiddenlake.cache.errors import ProbeError, UnknownNameError
-from hiddenlake.probing.cell import Cell, Design, fit_cell
+from hiddenlake.probing.cell import Cell, fit_cell
 from hiddenlake.probing.cells import Cells
 from hiddenlake.probing.compat import fit_llmsknow
-from hiddenlake.probing.controls import shuffle_labels
+from hiddenlake.probing.design import make_design
 from hiddenlake.probing.result import assemble
-from hiddenlake.probing.splits import make_folds
 from hiddenlake.probing.sweep import Progress, sweep
 
 
@@ -72,49 +71,30 @@ def fit_probes(
         if compat != "llmsknow":
             raise UnknownNameError(f"unknown compat {compat!r}: expected `llmsknow` or None")
         return fit_llmsknow(cells, positive, mask=mask, keep=kept, seed=seed, progress=progress)
-    if shuffles < 0:
-        raise ProbeError(f"shuffles is {shuffles}: expected 0 or more")
     names = np.arange(n) if index is None else _one_per_sample(index, n, "index")
-    if len(set(names.tolist())) < n:
-        raise ProbeError(
-            f"index names {len(set(names.tolist()))} of {n} samples: give each its own, and say what belongs "
-            f"together with `groups`"
-        )
     group_names = names if groups is None else _one_per_sample(groups, n, "groups")
-    design = Design(
-        labels=np.zeros((1 + shuffles, n), bool),
-        fold=np.full(n, -1),
-        n_folds=cv,
-        C=np.atleast_1d(np.asarray(C, np.float64)),
-        group=_repeating(group_names, kept),
-        scale=scale,
-        solver=solver,
-        tol=tol,
-        seed=seed,
-    )
-    design.fold[kept] = make_folds(positive[kept], n_folds=cv, groups=group_names[kept], seed=seed)
-    design.labels[0] = positive
-    design.labels[1:, kept] = shuffle_labels(positive[kept], names[kept], n=shuffles, seed=seed)
+    design = make_design(
+        positive, kept=kept, names=names, groups=group_names, C=C, cv=cv, scale=scale, solver=solver, tol=tol,
+        shuffles=shuffles, seed=seed,
+    )  # fmt: skip
 
     def fit(X: np.ndarray, rows: np.ndarray) -> Cell:
         return fit_cell(X, rows, design)
 
-    # Sums are rounded in the order of the samples: by their names, it is the same whatever order they arrived in.
-    order = np.argsort(names.astype(str), kind="stable")
-    fitted = sweep(cells, mask, kept, fit, order=order, progress=progress)
+    fitted = sweep(cells, mask, kept, fit, order=design.order, progress=progress)
     result = assemble(cells, fitted, C=design.C, n_folds=cv, n_shuffles=shuffles)
     result.attrs = {
         "cv": cv,
         "C": design.C.tolist(),
         "scale": scale,
-        "solver": "newton" if solver == "auto" else solver,
+        "solver": design.solver_name,
         "tol": tol,
         "shuffles": shuffles,
         "seed": seed,
         "compat": "none",
         "n": int(kept.sum()),
         "n_groups": len(set(group_names[kept].tolist())),
-        "interval": "95 %, DeLong over folds" if design.group is None else "95 %, bootstrap of whole groups",
+        "interval": design.interval,
     }
     return result
 
@@ -138,9 +118,3 @@ def _mask(mask: xr.DataArray | np.ndarray | None, cells: Cells) -> np.ndarray | 
     if values.shape != expected:
         raise ProbeError(f"mask has the shape {values.shape}: expected (position, sample) = {expected}")
     return values
-
-
-def _repeating(groups: np.ndarray, kept: np.ndarray) -> np.ndarray | None:
-    """Group numbers when some group has several samples, else None."""
-    _, member = np.unique(groups.astype(str), return_inverse=True)
-    return member if len(set(member[kept].tolist())) < int(kept.sum()) else None

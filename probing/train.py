@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from hiddenlake.cache.errors import ProbeError
-from hiddenlake.probing.cell import SOLVERS
+from hiddenlake.probing.design import SOLVERS
 from hiddenlake.probing.fit import fit_probes
 from hiddenlake.probing.probe import Probe
 from hiddenlake.probing.selection import select

@@ -1,0 +1,111 @@
+"""Design: what is the same in every cell of a grid: labels, folds, values of C, and how they are solved for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hiddenlake.cache.errors import ProbeError
+from hiddenlake.probing.controls import shuffle_labels
+from hiddenlake.probing.solvers.newton import solve_newton
+from hiddenlake.probing.solvers.problem import Problem, Solution
+from hiddenlake.probing.solvers.scikit import solve_scikit
+from hiddenlake.probing.splits import make_folds
+
+SOLVERS: dict[str, Callable[[Problem, float], Solution]] = {
+    "auto": solve_newton,
+    "newton": solve_newton,
+    "sklearn": solve_scikit,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """What is the same in every cell of a grid.
+
+    labels : (L, sample) bool, the real labels first.  fold : (sample,) int, the fold that holds a sample out, -1 for
+    those that are left out.  order : (sample,) int, the samples by their names.
+    C : (C,).  group : (sample,) int where groups repeat, which asks for the grouped bootstrap, or None.
+    """
+
+    labels: np.ndarray
+    fold: np.ndarray
+    order: np.ndarray
+    n_folds: int
+    C: np.ndarray
+    group: np.ndarray | None
+    scale: str
+    solver: str
+    tol: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ProbeError(f"unknown solver {self.solver!r}: expected one of {', '.join(SOLVERS)}")
+        if not len(self.C) or not (np.isfinite(self.C).all() and (self.C > 0).all()):
+            raise ProbeError(f"C is {self.C.tolist()}: expected one or more numbers above 0")
+        if not self.tol > 0:
+            raise ProbeError(f"tol is {self.tol}: expected a number above 0, e.g. 1e-6")
+
+    @property
+    def interval(self) -> str:
+        """How the intervals are made, in words."""
+        return "95 %, DeLong over folds" if self.group is None else "95 %, bootstrap of whole groups"
+
+    @property
+    def solver_name(self) -> str:
+        return "newton" if self.solver == "auto" else self.solver
+
+
+def make_design(
+    positive: np.ndarray,
+    *,
+    kept: np.ndarray,
+    names: np.ndarray,
+    groups: np.ndarray,
+    C: float | Sequence[float],
+    cv: int,
+    scale: str,
+    solver: str,
+    tol: float,
+    shuffles: int,
+    seed: int,
+) -> Design:
+    """Folds and shuffles of the samples that are kept.
+
+    positive, kept : (sample,) bool.  names : (sample,) distinct, which folds and shuffles follow.
+    groups : (sample,) names that stay on one side of every split.  The others are fit_probes's.
+
+    Raises ProbeError when the samples cannot be split.
+    """
+    n = len(positive)
+    if shuffles < 0:
+        raise ProbeError(f"shuffles is {shuffles}: expected 0 or more")
+    if len(set(names.tolist())) < n:
+        raise ProbeError(
+            f"index names {len(set(names.tolist()))} of {n} samples: give each its own, and say what belongs "
+            f"together with `groups`"
+        )
+    design = Design(
+        labels=np.zeros((1 + shuffles, n), bool),
+        fold=np.full(n, -1),
+        # Sums are rounded in the order of the samples: by their names, it is the same whatever order they arrived in.
+        order=np.argsort(names.astype(str), kind="stable"),
+        n_folds=cv,
+        C=np.atleast_1d(np.asarray(C, np.float64)),
+        group=_repeating(groups, kept),
+        scale=scale,
+        solver=solver,
+        tol=tol,
+        seed=seed,
+    )
+    design.fold[kept] = make_folds(positive[kept], n_folds=cv, groups=groups[kept], seed=seed)
+    design.labels[0] = positive
+    design.labels[1:, kept] = shuffle_labels(positive[kept], names[kept], n=shuffles, seed=seed)
+    return design
+
+
+def _repeating(groups: np.ndarray, kept: np.ndarray) -> np.ndarray | None:
+    """Group numbers when some group has several samples, else None."""
+    _, member = np.unique(groups.astype(str), return_inverse=True)
+    return member if len(set(member[kept].tolist())) < int(kept.sum()) else None

@@ -1,0 +1,59 @@
+"""Judge: what the probes of one cell say of the samples that they did not see, and how well that ranks them.
+
+Shape letters: n samples, d features, C values of C, F folds, K columns.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hiddenlake.probing.metrics import auroc
+from hiddenlake.probing.solve import Solved
+from hiddenlake.probing.solvers.certificate import certified_auc
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """auc, variance : (K,) of each column on its held-out samples, the variance being DeLong's.
+
+    Of the real labels: score, (n, C), each sample's log-odds by the probe that did not see it; and certified_lo and
+    certified_hi, (F, C), between which the optimum's auc lies.
+    """
+
+    auc: np.ndarray
+    variance: np.ndarray
+    score: np.ndarray
+    certified_lo: np.ndarray
+    certified_hi: np.ndarray
+
+
+def judge(solved: Solved, X: np.ndarray) -> Judged:
+    """X : (n, d), the activations that were fitted."""
+    same = _first_equal_row(X)
+    n_values, n_folds, _ = solved.shape
+    auc, variance = np.full((2, len(solved.C)), np.nan)
+    score = np.empty((len(solved.fold), n_values))
+    certified = np.zeros((2, n_folds, n_values))
+    for f in range(n_folds):
+        out, columns = np.flatnonzero(solved.fold == f), np.flatnonzero(solved.held == f)
+        held = solved.problem.coordinates(f, out)
+        # Equal rows must tie, and a matrix product may round them differently: each takes the score of its first.
+        _, first, again = np.unique(same[out], return_index=True, return_inverse=True)
+        found = (held @ solved.solution.coef[:, columns])[first[again]] + solved.solution.intercept[columns]
+        measured = auroc(found, solved.labels[solved.label_set[columns]][:, out].T)
+        auc[columns], variance[columns] = measured.auc, measured.variance
+        real = solved.label_set[columns] == 0
+        columns, found = columns[real], found[:, real]
+        score[np.ix_(out, solved.C[columns])] = found
+        certified[:, f, solved.C[columns]] = certified_auc(
+            found, solved.labels[0, out], held, same[out], np.sqrt(2.0 * solved.solution.gap_bound[columns])
+        )
+    return Judged(auc, variance, score, *certified)
+
+
+def _first_equal_row(X: np.ndarray) -> np.ndarray:
+    """(n,) for each row, the first row that equals it bit for bit."""
+    bits = np.ascontiguousarray(X + 0.0)  # -0.0 becomes 0.0
+    bits = bits.view(np.dtype((np.void, bits.dtype.itemsize * bits.shape[1]))).ravel()
+    _, first, inverse = np.unique(bits, return_index=True, return_inverse=True)
+    return first[inverse]
