@@ -47,7 +47,7 @@ def fit_cell(X: np.ndarray, rows: np.ndarray, design: Design) -> Cell:
     """
     positive, fold = design.labels[0, rows], design.fold[rows]
     counts = {"n_positive": int(positive.sum()), "n_negative": int((~positive).sum())}
-    if reason := too_few(positive, fold, design.n_folds):
+    if reason := too_few(positive, fold, design.n_folds, design.sample_weight[rows]):
         return Cell(**counts, reason=reason)
     solved = solve_cell(X, rows, design)
     judged = judge(solved, X)

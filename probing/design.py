@@ -11,6 +11,7 @@ from hiddenlake.probing.solvers.newton import solve_newton
 from hiddenlake.probing.solvers.problem import Problem, Solution
 from hiddenlake.probing.solvers.scikit import solve_scikit
 from hiddenlake.probing.splits import make_folds
+from hiddenlake.probing.weights import ClassWeight, check_class_weight, check_sample_weight
 
 SOLVERS: dict[str, Callable[[Problem, float], Solution]] = {
     "auto": solve_newton,
@@ -26,6 +27,7 @@ class Design:
     labels : (L, sample) bool, the real labels first.  fold : (sample,) int, the fold that holds a sample out, -1 for
     those that are left out.  order : (sample,) int, the samples by their names.
     C : (C,).  group : (sample,) int where groups repeat, which asks for the grouped bootstrap, or None.
+    sample_weight : (sample,) float64, what each counts in a fit.  class_weight : as in fit_probes.
     """
 
     labels: np.ndarray
@@ -38,6 +40,8 @@ class Design:
     solver: str
     tol: float
     seed: int
+    sample_weight: np.ndarray
+    class_weight: ClassWeight
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -46,6 +50,7 @@ class Design:
             raise ProbeError(f"C is {self.C.tolist()}: expected one or more numbers above 0")
         if not self.tol > 0:
             raise ProbeError(f"tol is {self.tol}: expected a number above 0, e.g. 1e-6")
+        check_class_weight(self.class_weight)
 
     @property
     def interval(self) -> str:
@@ -70,6 +75,8 @@ def make_design(
     tol: float,
     shuffles: int,
     seed: int,
+    sample_weight: Sequence | np.ndarray | None = None,
+    class_weight: ClassWeight = None,
 ) -> Design:
     """Folds and shuffles of the samples that are kept.
 
@@ -98,6 +105,8 @@ def make_design(
         solver=solver,
         tol=tol,
         seed=seed,
+        sample_weight=check_sample_weight(np.ones(n) if sample_weight is None else sample_weight, positive, kept),
+        class_weight=class_weight,
     )
     design.fold[kept] = make_folds(positive[kept], n_folds=cv, groups=groups[kept], seed=seed)
     design.labels[0] = positive

@@ -12,6 +12,7 @@ from hiddenlake.probing.compat import fit_llmsknow
 from hiddenlake.probing.design import make_design
 from hiddenlake.probing.result import assemble
 from hiddenlake.probing.sweep import Progress, sweep
+from hiddenlake.probing.weights import ClassWeight
 
 
 def fit_probes(
@@ -24,6 +25,8 @@ def fit_probes(
     index: Sequence | np.ndarray | None = None,
     mask: xr.DataArray | np.ndarray | None = None,
     keep: Sequence | np.ndarray | None = None,
+    sample_weight: Sequence | np.ndarray | None = None,
+    class_weight: ClassWeight = None,
     scale: str = "feature",
     solver: str = "auto",
     tol: float = 1e-6,
@@ -43,6 +46,10 @@ def fit_probes(
         the samples by default.
     mask : (position, sample) bool, the tokens that count; by default those that are all finite.
     keep : (sample,) bool, the samples that count; all by default. Folds are made of these.
+    sample_weight : (sample,) what each sample counts in a fit, at least 0; 1 each by default. Held-out samples count
+        alike.
+    class_weight : None, `balanced` (each class half of what the training samples of a fold weigh, as in scikit-learn), or
+        weights by False and True. The certificate is that of the weighted problem.
     scale : `feature`, `rms` or `none`, from the training rows of each fold. Centring needs no choice: the
         intercept is free.
     tol : a probe has converged when gap_bound <= tol * objective.
@@ -70,12 +77,14 @@ def fit_probes(
     if compat is not None:
         if compat != "llmsknow":
             raise UnknownNameError(f"unknown compat {compat!r}: expected `llmsknow` or None")
+        if sample_weight is not None or class_weight is not None:
+            raise ProbeError("compat='llmsknow' is the paper's fit, which has no weights: leave them or compat out")
         return fit_llmsknow(cells, positive, mask=mask, keep=kept, seed=seed, progress=progress)
     names = np.arange(n) if index is None else _one_per_sample(index, n, "index")
     group_names = names if groups is None else _one_per_sample(groups, n, "groups")
     design = make_design(
         positive, kept=kept, names=names, groups=group_names, C=C, cv=cv, scale=scale, solver=solver, tol=tol,
-        shuffles=shuffles, seed=seed,
+        shuffles=shuffles, seed=seed, sample_weight=sample_weight, class_weight=class_weight,
     )  # fmt: skip
 
     def fit(X: np.ndarray, rows: np.ndarray) -> Cell:
@@ -89,6 +98,8 @@ def fit_probes(
         "scale": scale,
         "solver": design.solver_name,
         "tol": tol,
+        "sample_weight": "none" if sample_weight is None else "given",
+        "class_weight": str(class_weight or "none"),
         "shuffles": shuffles,
         "seed": seed,
         "compat": "none",

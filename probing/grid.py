@@ -14,6 +14,7 @@ from hiddenlake.probing.inference import false_discovery_rate, max_t
 from hiddenlake.probing.saving import open_grid, save_grid
 from hiddenlake.probing.selection import Selection, select
 from hiddenlake.probing.sweep import Progress
+from hiddenlake.probing.weights import ClassWeight
 
 __all__ = ["BestCell", "at_one_C", "best_cell", "cross_selected_auc", "fit_grid", "open_grid", "save_grid"]
 
@@ -28,6 +29,7 @@ def fit_grid(
     positions: list[str] | None = None,
     C: float | tuple[float, ...] = (0.01,),
     cv: int = 5,
+    class_weight: ClassWeight = None,
     scale: str = "feature",
     solver: str = "auto",
     tol: float = 1e-6,
@@ -73,6 +75,7 @@ def fit_grid(
         "index": chosen.index,
         "mask": chosen.mask,
         "keep": keep,
+        "class_weight": class_weight,
         "scale": scale,
         "solver": solver,
         "tol": tol,

@@ -13,6 +13,7 @@ from hiddenlake.probing.judge import judge
 from hiddenlake.probing.selection import select
 from hiddenlake.probing.solve import solve_cell, too_few
 from hiddenlake.probing.sweep import sweep
+from hiddenlake.probing.weights import ClassWeight
 
 
 def held_out(
@@ -25,6 +26,7 @@ def held_out(
     groups: str | None = "group",
     C: float = 0.01,
     cv: int = 5,
+    class_weight: ClassWeight = None,
     scale: str = "feature",
     solver: str = "auto",
     tol: float = 1e-6,
@@ -46,7 +48,7 @@ def held_out(
     chosen = select(capture, site, label=label, groups=groups, layers=[layer], positions=[str(position)])
     design = make_design(
         chosen.positive, kept=chosen.labelled, names=chosen.index, groups=chosen.groups, C=C, cv=cv, scale=scale,
-        solver=solver, tol=tol, shuffles=0, seed=seed,
+        solver=solver, tol=tol, shuffles=0, seed=seed, class_weight=class_weight,
     )  # fmt: skip
     if len(design.C) != 1:
         raise ProbeError(f"C is {design.C.tolist()}: the scores are those of one probe, name one number")
@@ -86,6 +88,7 @@ def held_out(
         "n_groups": len(set(chosen.groups[chosen.labelled].tolist())),
         "C": float(design.C[0]),
         "cv": cv,
+        "class_weight": str(class_weight or "none"),
         "scale": scale,
         "solver": design.solver_name,
         "tol": tol,

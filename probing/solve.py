@@ -9,6 +9,7 @@ import numpy as np
 
 from hiddenlake.probing.design import SOLVERS, Design
 from hiddenlake.probing.solvers.problem import Problem, Solution, make_problem
+from hiddenlake.probing.weights import column_class_weights
 
 # DeLong's variance needs two samples of each class in every fold.
 MIN_PER_FOLD = 2
@@ -50,18 +51,27 @@ def solve_cell(X: np.ndarray, rows: np.ndarray, design: Design) -> Solved:
     shape = (len(design.C), design.n_folds, len(labels))
     which_c, which_fold, which_labels = (axis.ravel() for axis in np.indices(shape))
     # A shuffle may leave a fold of a small cell with one class: that column has no probe.
-    both = np.array([[two_classes(y, t) and two_classes(y, ~t) for y in labels] for t in train])
+    weight = train * design.sample_weight[rows]
+    both = np.array(
+        [[two_classes(y, w > 0) and two_classes(y, ~t) for y in labels] for t, w in zip(train, weight, strict=True)]
+    )
     fitted = both[which_fold, which_labels]
     which_c, which_fold, which_labels = (which[fitted] for which in (which_c, which_fold, which_labels))
     problem = make_problem(
-        X, labels, train, C=design.C[which_c], fold=which_fold, label_set=which_labels, scale=design.scale
-    )
+        X, labels, weight, C=design.C[which_c], fold=which_fold, label_set=which_labels, scale=design.scale,
+        class_weight=column_class_weights(
+            design.class_weight, labels, weight, fold=which_fold, label_set=which_labels
+        ),
+    )  # fmt: skip
     solution = SOLVERS[design.solver](problem, design.tol)
     return Solved(labels, fold, shape, fitted, which_c, which_fold, which_labels, problem, solution)
 
 
-def too_few(positive: np.ndarray, fold: np.ndarray, n_folds: int) -> str:
-    """Why these samples cannot be cross-validated, in one sentence; empty when they can."""
+def too_few(positive: np.ndarray, fold: np.ndarray, n_folds: int, weight: np.ndarray | None = None) -> str:
+    """Why these samples cannot be cross-validated, in one sentence; empty when they can.
+
+    positive, fold, weight : (n,).
+    """
     n, n_positive = len(positive), int(positive.sum())
     if n == 0:
         return "no sample has this token"
@@ -75,6 +85,8 @@ def too_few(positive: np.ndarray, fold: np.ndarray, n_folds: int) -> str:
                 f"too few samples: fold {f} of {n_folds} holds {smaller} of the smaller class, at least "
                 f"{MIN_PER_FOLD} are needed ({n_positive} positive, {n - n_positive} negative in all)"
             )
+        if weight is not None and not two_classes(positive, (fold != f) & (weight > 0)):
+            return f"one class only among the samples whose weight is above 0 outside fold {f} of {n_folds}"
     return ""
 
 

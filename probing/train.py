@@ -10,6 +10,7 @@ from hiddenlake.probing.fit import fit_probes
 from hiddenlake.probing.probe import Probe
 from hiddenlake.probing.selection import select
 from hiddenlake.probing.solvers.problem import make_problem
+from hiddenlake.probing.weights import ClassWeight, column_class_weights
 
 
 def fit_probe(
@@ -22,6 +23,7 @@ def fit_probe(
     groups: str | None = "group",
     C: float = 0.01,
     cv: int = 5,
+    class_weight: ClassWeight = None,
     scale: str = "feature",
     solver: str = "auto",
     tol: float = 1e-6,
@@ -38,15 +40,16 @@ def fit_probe(
     cell = chosen.data[chosen.site].isel(layer=0, position=0).transpose("sample", ...)
     judged = fit_probes(
         cell, chosen.positive, C=C, cv=cv, groups=chosen.groups, index=chosen.index, mask=chosen.mask[0],
-        keep=chosen.labelled, scale=scale, solver=solver, tol=tol, shuffles=0, seed=seed,
+        keep=chosen.labelled, class_weight=class_weight, scale=scale, solver=solver, tol=tol, shuffles=0, seed=seed,
     ).isel(layer=0, position=0, C=0)  # fmt: skip
     if judged.auc.isnull():
         raise ProbeError(f"layer {layer}, {position}: {str(judged.reason.item())}")
     rows = np.flatnonzero(chosen.labelled & chosen.mask[0])
     rows = rows[np.argsort(chosen.index[rows], kind="stable")]
+    labels, train, one = chosen.positive[None, rows], np.ones((1, len(rows))), np.array([0])
     problem = make_problem(
-        cell.values[rows], chosen.positive[None, rows], np.ones((1, len(rows))), C=np.array([C]), fold=np.array([0]),
-        label_set=np.array([0]), scale=scale,
+        cell.values[rows], labels, train, C=np.array([C]), fold=one, label_set=one, scale=scale,
+        class_weight=column_class_weights(class_weight, labels, train, fold=one, label_set=one),
     )  # fmt: skip
     found = SOLVERS[solver](problem, tol)
     # z = ((x - centre) unit) . w + b, in the coordinates of the stored x
@@ -61,7 +64,7 @@ def fit_probe(
         positive_class=chosen.positive_class,
         identity=chosen.identity,
         fit={
-            "C": float(C), "scale": scale, "solver": judged.attrs.get("solver", solver), "tol": tol, "seed": seed,
+            "C": float(C), "class_weight": judged.attrs["class_weight"], "scale": scale, "solver": judged.attrs.get("solver", solver), "tol": tol, "seed": seed,
             "n": len(rows), "n_positive": int(chosen.positive[rows].sum()), "n_iter": int(found.n_iter[0]),
             "objective": float(found.objective[0]), "gap_bound": float(found.gap_bound[0]),
             "converged": bool(found.converged[0]), "folds": cv, "groups": groups or "question",

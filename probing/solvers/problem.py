@@ -163,7 +163,7 @@ def make_problem(
     C, fold, label_set : (K,) which C, fold and label set each column has.
     scale : `none`, `rms` (one number a fold) or `feature` (standard deviation of each feature), from
         the training rows of the fold, whatever their weights.
-    class_weight : (L, 2) of each label set's negative and positive class; 1 by default.
+    class_weight : (K, 2) of each column's negative and positive class; 1 by default.
 
     Raises ProbeError when X holds values that are not finite, or a column has one class only.
     """
@@ -187,7 +187,7 @@ def make_problem(
         )
     strength = torch.as_tensor(C, dtype=torch.float64, **on).expand(2, -1)
     if class_weight is not None:
-        strength = strength * torch.as_tensor(class_weight, dtype=torch.float64, **on)[label_set].mT
+        strength = strength * torch.as_tensor(class_weight, dtype=torch.float64, **on).mT
     return Problem(X, centre, labels, train, unit, fold, label_set, strength)
 
 

@@ -284,6 +284,9 @@ def probe_command(
     scale: Annotated[str, typer.Option(help="`none`, `rms` or `feature`, fitted in the fold.")] = "feature",
     shuffles: Annotated[int, typer.Option(help="Shuffled-label controls a cell.")] = 1,
     seed: Annotated[int, typer.Option(help="Of folds and shuffles.")] = 0,
+    class_weight: Annotated[
+        str | None, typer.Option(help="`balanced`: both classes weigh alike in a fit, however rare one is.")
+    ] = None,
     compat: Annotated[str | None, typer.Option(help="`llmsknow`: the paper's fit to the letter.")] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Also fit the best cell on all samples, and keep that probe in this file.")
@@ -313,6 +316,7 @@ def probe_command(
             positions=None if positions == "all" else positions.split(","),
             cv=cv,
             C=strengths,
+            class_weight=class_weight,
             scale=scale,
             shuffles=shuffles,
             seed=seed,
@@ -325,8 +329,9 @@ def probe_command(
         from hiddenlake.probing.train import fit_probe
 
         probe = fit_probe(
-            opened, site, best.layer, best.position, label=label, groups=groups, C=best.C, cv=cv, scale=scale, seed=seed
-        )
+            opened, site, best.layer, best.position, label=label, groups=groups, C=best.C, cv=cv,
+            class_weight=class_weight, scale=scale, seed=seed,
+        )  # fmt: skip
         talk(f"the probe of layer {best.layer}, {best.position} is kept in {probe.save(keep)}")
     print(json.dumps(asdict(best)))
 

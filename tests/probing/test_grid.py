@@ -193,3 +193,12 @@ def test_a_csv_that_is_no_grid_is_named_by_its_line(tmp_path, text, sentence):
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(BadInputError, match=sentence):
         read_reference(tmp_path / "bad.csv")
+
+
+def test_class_weights_reach_the_cells_and_the_control(capture):
+    plain, balanced = (
+        fit_grid(capture, "mlp_out", layers=[1], positions=["-1"], class_weight=w) for w in (None, "balanced")
+    )
+    assert balanced.attrs["class_weight"] == "balanced" and balanced.converged.all()
+    for name in ("objective", "token_auc"):
+        assert not np.allclose(plain[name], balanced[name], rtol=1e-9), name
