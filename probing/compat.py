@@ -94,7 +94,8 @@ def fit_llmsknow(
     def fit(X: np.ndarray, rows: np.ndarray) -> tuple[Cell, dict[str, float]]:
         order = np.argsort(place[rows])
         rows = rows[order]
-        return _fit_cell(X[order], positive[rows], place[rows] < len(train), seed)
+        # Float32, as the paper's rows are: widened exactly where they are stored in less.
+        return _fit_cell(X[order].astype(np.float32), positive[rows], place[rows] < len(train), seed)
 
     with warnings.catch_warnings():
         # Said by the certificate instead, in every cell.

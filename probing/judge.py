@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hiddenlake.probing.equal_rows import first_equal_row
 from hiddenlake.probing.metrics import auroc
 from hiddenlake.probing.solve import Solved
 from hiddenlake.probing.solvers.certificate import certified_auc
@@ -29,7 +30,7 @@ class Judged:
 
 def judge(solved: Solved, X: np.ndarray) -> Judged:
     """X : (n, d), the activations that were fitted."""
-    same = _first_equal_row(X)
+    same = first_equal_row(X)
     n_values, n_folds, _ = solved.shape
     auc, variance = np.full((2, len(solved.C)), np.nan)
     score = np.empty((len(solved.fold), n_values))
@@ -49,11 +50,3 @@ def judge(solved: Solved, X: np.ndarray) -> Judged:
             found, solved.labels[0, out], held, same[out], np.sqrt(2.0 * solved.solution.gap_bound[columns])
         )
     return Judged(auc, variance, score, *certified)
-
-
-def _first_equal_row(X: np.ndarray) -> np.ndarray:
-    """(n,) for each row, the first row that equals it bit for bit."""
-    bits = np.ascontiguousarray(X + 0.0)  # -0.0 becomes 0.0
-    bits = bits.view(np.dtype((np.void, bits.dtype.itemsize * bits.shape[1]))).ravel()
-    _, first, inverse = np.unique(bits, return_index=True, return_inverse=True)
-    return first[inverse]

@@ -1,8 +1,8 @@
-"""Sweep: one function over every (layer, position) cell, read a cell at a time, on all cores."""
+"""Sweep: one function over every (layer, position) cell, read ahead of whoever works on them, on all cores."""
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -14,6 +14,24 @@ from hiddenlake.probing.cells import Cells
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
+
+# Cells in memory beside those in work: one that is ready, and one that is read.
+AHEAD = 2
+
+
+class Buffer:
+    """Memory that one cell after the other is read into."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Overwrites what was there before."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        if size > len(self._bytes):
+            self._bytes = None  # given back before more is taken
+            self._bytes = np.empty(size, np.uint8)
+        return self._bytes[:size].view(dtype).reshape(shape)
 
 
 def sweep(
@@ -29,51 +47,72 @@ def sweep(
     """Read and fit every cell, on as many threads as there are cores, BLAS on one thread each.
 
     mask : (position, sample) bool, or None for whatever is finite.  kept : (sample,) bool.
-    fit : called with X (n, hidden) and rows (n,) int, the samples that X holds.
+    fit : called with X (n, hidden) of the cells' dtype, which it must not keep, and rows (n,) int, the samples that X
+        holds.
     order : (sample,) int, the order in which `fit` gets the samples; their own by default.
     borrow : for a position's number, another position's and the samples, (sample,) bool, that take their
         activations from there. The mask counts them already.
 
     Returns the results by (layer number, position number). Ctrl-C ends after the cells in work.
     """
+    from hiddenlake.probing.solvers.problem import as_tensor, finite_rows
 
-    def work(layer: int, position: int) -> Result:
-        rows = kept if mask is None else kept & mask[position]
-        X = cells.read(layer, position) if rows.any() else np.empty((len(rows), 1), np.float32)
-        if borrow and position in borrow and rows.any():
+    def load(layer: int, position: int, buffer: Buffer) -> tuple[np.ndarray, np.ndarray]:
+        inside = kept if mask is None else kept & mask[position]
+        rows = np.flatnonzero(inside) if order is None else order[inside[order]]
+        if not len(rows):
+            return np.empty((0, cells.width), cells.dtype), rows
+        X = cells.read(layer, position, rows, buffer.allocate)
+        if borrow and position in borrow:
             other, borrowed = borrow[position]
-            X = X.copy()
-            X[borrowed] = cells.read(layer, other)[borrowed]
+            X[borrowed[rows]] = cells.read(layer, other, rows[borrowed[rows]])
+        finite = finite_rows(as_tensor(X)).numpy()
         if mask is None:
-            rows = rows & np.isfinite(X).all(axis=1)
-        elif not np.isfinite(X[rows]).all():
+            return _compact(X, finite), rows[finite]
+        if not finite.all():
             raise ProbeError(
                 f"layer {cells.layers[layer]}, position {cells.positions[position]}: "
                 f"activations are NaN or infinite where `mask` says that there is a token"
             )
-        chosen = np.flatnonzero(rows) if order is None else order[rows[order]]
-        return fit(X[chosen], chosen)
+        return X, rows
 
     every = list(np.ndindex(cells.shape))
     results: dict[tuple[int, int], Result] = {}
     waiting = every[::-1]
+    buffers = [Buffer() for _ in range(n_threads() + AHEAD)]
+    running: dict[Future[Result], tuple[tuple[int, int], Buffer, Future]] = {}
     # Threads of BLAS below threads over cells would fight for the same cores.
-    with _one_thread_each(), ThreadPoolExecutor(n_threads()) as pool:
-        running = {}
+    with _one_thread_each(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(n_threads()) as pool:
         try:
             while waiting or running:
-                # Few cells are handed out ahead, so that a failure or Ctrl-C is not followed by hundreds.
-                while waiting and len(running) < 2 * n_threads():
-                    cell = waiting.pop()
-                    running[pool.submit(work, *cell)] = cell
+                while waiting and buffers:
+                    cell, buffer = waiting.pop(), buffers.pop()
+                    loaded = reader.submit(load, *cell, buffer)
+                    running[pool.submit(lambda loaded: fit(*loaded.result()), loaded)] = cell, buffer, loaded
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    results[running.pop(future)] = future.result()
+                    cell, buffer, _ = running.pop(future)
+                    buffers.append(buffer)
+                    results[cell] = future.result()
                     if progress is not None:
                         progress(len(results), len(every))
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for future, (_, _, loaded) in running.items():
+                if future.cancelled():
+                    loaded.cancel()
             raise
     return results
+
+
+def _compact(X: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Some rows of X, moved to its start. chosen : (n,) bool."""
+    if chosen.all():
+        return X
+    rows = np.flatnonzero(chosen)
+    for start in range(0, len(rows), 1024):
+        part = rows[start : start + 1024]
+        X[start : start + len(part)] = X[part]
+    return X[: len(rows)]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-class _Lazy(BackendArray):
+class Lazy(BackendArray):
     """One site of one snapshot. Indexing reads what is asked for, checked. It can be pickled and shared by threads.
 
     read : (site, indices along each leading axis, rows, dtype) -> block; one of the snapshot's methods.
@@ -45,9 +45,9 @@ class _Lazy(BackendArray):
         self.dtype = np.dtype(np.float32) if dtype == "float32" else DTYPES[stored][1]
         self.allocate = allocate
 
-    def as_stored(self, allocate: Allocate) -> "_Lazy":
+    def as_stored(self, allocate: Allocate) -> "Lazy":
         """The same, in the capture's own dtype, read into other memory."""
-        return _Lazy(self.read, self.site, self.shape, self.stored, "stored", allocate)
+        return Lazy(self.read, self.site, self.shape, self.stored, "stored", allocate)
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
@@ -144,7 +144,7 @@ def _sites(
     variables = {}
     for site in (*coverage.sites, EMBED):
         layers = {"layer": len(coverage.layers)} if SITES[site].layered else {}
-        lazy = _Lazy(read, site, (*layers.values(), *shape, coverage.widths[site]), coverage.dtype, dtype)
+        lazy = Lazy(read, site, (*layers.values(), *shape, coverage.widths[site]), coverage.dtype, dtype)
         variables[site] = xr.Variable(
             (*layers, *axes, SITES[site].width),
             indexing.LazilyIndexedArray(lazy),
@@ -174,12 +174,18 @@ class Accessor:
         return self._array.copy(data=to_array(tensor))
 
     def _stored(self, staging: Staging) -> Any:
-        lazy = self._array.variable._data
-        while lazy is not None and not isinstance(lazy, indexing.LazilyIndexedArray):
-            lazy = getattr(lazy, "array", None)  # xarray's own wrappers: a cache, copy on write
-        if lazy is None or not isinstance(lazy.array, _Lazy):
+        lazy = lazy_of(self._array)
+        if lazy is None:
             return np.ascontiguousarray(self._array.values, np.float32)
         return indexing.LazilyIndexedArray(lazy.array.as_stored(staging.allocate), lazy.key).get_duck_array()
+
+
+def lazy_of(array: xr.DataArray) -> indexing.LazilyIndexedArray | None:
+    """The Lazy of a capture below a DataArray that was not read yet, and which part of it; None for any other."""
+    lazy = array.variable._data
+    while lazy is not None and not isinstance(lazy, indexing.LazilyIndexedArray):
+        lazy = getattr(lazy, "array", None)  # xarray's own wrappers: a cache, copy on write
+    return lazy if lazy is not None and isinstance(lazy.array, Lazy) else None
 
 
 def _dataset(

@@ -170,7 +170,7 @@ def make_problem(
     if scale not in SCALES:
         raise ProbeError(f"unknown scale {scale!r}: expected one of {', '.join(SCALES)}")
     X = as_tensor(X)
-    finite = X.isfinite().all(1)
+    finite = finite_rows(X)
     if not finite.all():
         raise ProbeError(f"{int((~finite).sum())} of {len(X)} rows hold NaN or infinity: leave them out with `mask`")
     on = {"device": X.device}
@@ -189,6 +189,12 @@ def make_problem(
     if class_weight is not None:
         strength = strength * torch.as_tensor(class_weight, dtype=torch.float64, **on).mT
     return Problem(X, centre, labels, train, unit, fold, label_set, strength)
+
+
+def finite_rows(X: torch.Tensor) -> torch.Tensor:
+    """(n,) bool, whether all of a row is finite; looked at block by block."""
+    step = max(1, _BLOCK_BYTES // max(1, X.shape[1] * X.dtype.itemsize))
+    return torch.cat([block.isfinite().all(1) for block in X.split(step)])
 
 
 def as_tensor(X: np.ndarray | torch.Tensor) -> torch.Tensor:
