@@ -32,6 +32,9 @@ class Settings:
     seed: int = 0
 
 
+DEFAULT = Settings()
+
+
 @dataclass(frozen=True, slots=True)
 class HeldOut:
     """What probes say of the samples that neither they nor the choice of their cell saw.

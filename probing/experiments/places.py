@@ -34,6 +34,9 @@ class Place:
     def grid(self, kind: str) -> Path:
         return self.folder / "grids" / f"{self.name}-{kind}.zarr"
 
+    def table(self, kind: str) -> Path:
+        return self.folder / f"{self.name}-{kind}.json"
+
     def picture(self, kind: str) -> Path:
         return self.folder / f"{self.name}-{kind}.png"
 

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cli_output import Json, print_table, talk
+
+if TYPE_CHECKING:
+    from hiddenlake.probing.experiments.table import Table
 
 app = typer.Typer(help="The experiments of 'LLMs Know More Than They Show', by any model.", no_args_is_help=True)
 
@@ -23,6 +26,7 @@ Out = Annotated[Path, typer.Option(help="Folder for the lake, the grids and the 
 Data = Annotated[Path | None, typer.Option(help="The data set's file; by default it comes from the hub.")]
 Limit = Annotated[int | None, typer.Option(help="Only the first so many questions.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Judge by whole words and numbers, not by substrings.")]
+Site = Annotated[str, typer.Option(help="Which site's activations.")]
 Engine = Annotated[str, typer.Option(help="`vllm`, or `transformers`, the slower reference.")]
 Dtype = Annotated[str | None, typer.Option(help="`bfloat16`, `float16` or `float32`; default the checkpoint's own.")]
 
@@ -39,7 +43,7 @@ def heatmap_command(
     out: Out = Path("paper"),
     data: Data = None,
     limit: Limit = None,
-    site: Annotated[str, typer.Option(help="Which site's activations.")] = "mlp_out",
+    site: Site = "mlp_out",
     reference: Annotated[Path | None, typer.Option(help="A published grid (CSV) to draw beside it.")] = None,
     compat: Annotated[str | None, typer.Option(help="`llmsknow`: the paper's fit to the letter.")] = None,
     strict: Strict = False,
@@ -77,3 +81,57 @@ def heatmap_command(
     )
     for picture in pictures:
         talk(str(picture))
+
+
+@app.command("detect")
+def detect_command(
+    task: Task,
+    model: Model,
+    out: Out = Path("paper"),
+    data: Data = None,
+    limit: Limit = None,
+    site: Site = "mlp_out",
+    positions: Annotated[
+        str, typer.Option(help="Tokens that are probed, by comma.")
+    ] = "last_q,exact_answer_before_first,exact_answer_last,exact_answer_after_last,-2,-1",
+    p_true: Annotated[
+        bool, typer.Option("--p-true", help="Also ask the model whether its answer is true: 8 short prompts an answer.")
+    ] = False,
+    strict: Strict = False,
+    engine: Engine = "vllm",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Which scores tell wrong answers from right ones: confidence, p(True), probes. The paper's table 1."""
+    from hiddenlake.cache.progress import ProgressBar, counted
+    from hiddenlake.cache.store.reader import open_capture
+    from hiddenlake.probing.experiments.detect import comparable, detect
+    from hiddenlake.probing.experiments.p_true import p_true as ask_p_true
+    from hiddenlake.probing.experiments.places import capture_task, paper_job, place_of
+
+    job = paper_job(task, model, data=data, limit=limit, strict=strict, sites=(site,), dtype=dtype)
+    place = place_of(out, job)
+    with ProgressBar() as bar:
+        capture_task(job, place.capture, engine=engine, watcher=bar)
+    found, named, odds = open_capture(place.capture).dataset(), positions.split(","), None
+    if p_true:
+        usable, _ = comparable(found, named)
+        with ProgressBar() as bar:
+            odds = ask_p_true(
+                found, usable, job.task.questions, model, place.other("p-true"), dtype=dtype, engine=engine, watcher=bar
+            )
+    with counted(f"probing {site}") as progress:
+        table = detect(found, site, positions=named, p_true=odds, progress=progress)
+    _show(table, place.table(f"detect-{site}"), as_json)
+
+
+def _show(table: "Table", path: Path, as_json: bool) -> None:
+    """Save it and print it: rows to stdout, notes to stderr."""
+    table.save(path)
+    if as_json:
+        print(json.dumps(table.to_json()))
+    else:
+        print_table(table.rows)
+    for note in table.notes:
+        talk(note)
+    talk(str(path))
