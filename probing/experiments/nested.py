@@ -1,7 +1,7 @@
 """Nested: cells chosen on some folds and scored on another, so that no choice is judged by what it was made on."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import xarray as xr
@@ -108,10 +108,7 @@ def held_out_scores(
     Raises ProbeError where a cell has too few samples of a class.
     """
     labels = (chosen.positive if positive is None else positive)[None]
-    own = Design(
-        labels, design.fold, design.order, design.n_folds, design.C, design.group, design.scale, design.solver,
-        design.tol, design.seed,
-    )  # fmt: skip
+    own = replace(design, labels=labels)
     score = np.full(len(chosen.positive), np.nan)
     gaps: list[float] = []
     positions = chosen.data.position.values.astype(str).tolist()

@@ -62,9 +62,8 @@ def test_log_odds_are_hugging_faces(data, tiny_model, tmp_path, hugging_face, mo
             answer = str(data["answer" if which == "answer" else "exact_answer"].values[i])
             of_a = hugging_face(prompt(QUESTIONS[int(data["index"][i])].question, answer, true_first))
             assert odds[i] == pytest.approx(of_a if true_first else -of_a, abs=1e-4)
-    again = p_true(
-        data, usable, QUESTIONS, str(tiny_model), tmp_path / "p", engine="none such"
-    )  # nothing is left to feed
+    monkeypatch.setattr(capture, "make_engine", None)  # nothing is left to feed
+    again = p_true(data, usable, QUESTIONS, str(tiny_model), tmp_path / "p")
     assert all(np.array_equal(again[way], found[way], equal_nan=True) for way in WAYS)
 
 
