@@ -11,6 +11,10 @@ import torch
 _ROWS, _COLUMNS = 64, 32
 
 
+# Scores that the reference works on at a time.
+_CACHED = 1 << 15
+
+
 class Losses(NamedTuple):
     """Value and derivatives of logistic losses, all of the scores' dtype.
 
@@ -49,17 +53,29 @@ def logistic_losses(
 def logistic_losses_reference(
     scores: torch.Tensor, intercept: torch.Tensor, sign: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> Losses:
-    """logistic_losses in plain torch, on any device."""
+    """logistic_losses in plain torch, on any device, some rows at a time: on a CPU they stay in its cache."""
+    *batch, n, k = scores.shape
+    residual, curvature = torch.empty_like(scores), torch.empty_like(scores)
+    sums = scores.new_zeros(3, *batch, k)
     negative, positive = columns[..., :1, :], columns[..., 1:, :]
-    weight = rows[..., None] * (
-        negative if torch.equal(negative, positive) else torch.where(sign > 0, positive, negative)
-    )
-    margin = (scores + intercept[..., None, :]).mul_(sign)
-    wrong = margin.neg().sigmoid_()
-    loss = margin.abs().neg_().exp_().log1p_().sub_(margin.clamp_(max=0.0))
-    curvature = torch.addcmul(wrong, wrong, wrong, value=-1.0).mul_(weight)
-    residual = wrong.mul_(weight).mul_(sign).neg_()
-    return Losses(loss.mul_(weight).sum(-2), residual.sum(-2), curvature.sum(-2), residual, curvature)
+    even = torch.equal(negative, positive)
+    step = max(1, _CACHED // max(1, scores.numel() // max(1, n)))
+    other = scores.new_empty(2, *batch, min(step, n), k)
+    for start in range(0, n, step):
+        at = (..., slice(start, min(n, start + step)), slice(None))
+        margin, right = other[..., : min(step, n - start), :]
+        wrong, bend, side = residual[at], curvature[at], sign[at]
+        weight = rows[..., at[-2], None] * (negative if even else torch.where(side > 0, positive, negative))
+        torch.add(scores[at], intercept[..., None, :], out=margin).mul_(side).neg_()
+        torch.sigmoid(margin, out=wrong)
+        torch.sub(1.0, wrong, out=right)
+        torch.mul(wrong, right, out=bend).mul_(weight)
+        # log(1 + exp(m)) = max(m, 0) - log max(sigma(m), sigma(-m))
+        loss = margin.clamp_(min=0.0).sub_(torch.maximum(wrong, right, out=right).log_()).mul_(weight)
+        wrong.mul_(weight).mul_(side).neg_()
+        for total, part in zip(sums, (loss, wrong, bend), strict=True):
+            total += part.sum(-2)
+    return Losses(*sums, residual, curvature)
 
 
 def logistic_losses_triton(

@@ -24,7 +24,7 @@ _PAIRS = 1024
 
 # Newton with a bracket converges quadratically; the bound only ends a search that rounding has stopped.
 _INTERCEPT_STEPS = 100
-_INTERCEPT_TOL = {torch.float64: 1e-13, torch.float32: 3e-6}
+_INTERCEPT_TOL = {torch.float64: 1e-12, torch.float32: 3e-6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +77,15 @@ class Intercepts:
         tol = _INTERCEPT_TOL[scores.dtype]
         for _ in range(_INTERCEPT_STEPS):
             at = logistic_losses(scores, intercept, self.sign, self.weight, self.strength)
-            if (at.slope.abs() <= tol * self.total).all():
+            left = at.slope.abs() > tol * self.total
+            if not left.any():
                 break
             low, high = torch.where(at.slope < 0, intercept, low), torch.where(at.slope > 0, intercept, high)
             step = intercept - at.slope / torch.where(at.curve > 0, at.curve, 1.0)
             newton = (at.curve > 0) & (step > low) & (step < high)
-            moved = torch.where(newton, step, 0.5 * (low + high))
-            if (moved == intercept).all():
+            # One that is there stays: between its roundings a bracket says nothing.
+            moved = torch.where(left, torch.where(newton, step, 0.5 * (low + high)), intercept)
+            if torch.equal(moved, intercept):
                 break
             intercept = moved
         return Fitted(intercept, at)

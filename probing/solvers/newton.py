@@ -14,7 +14,7 @@ import torch
 from hiddenlake.kernels.logistic import Losses
 from hiddenlake.probing.solvers.certificate import Fitted, Intercepts, certify_columns
 from hiddenlake.probing.solvers.problem import Columns, Problem, Solution
-from hiddenlake.probing.solvers.spaces import BreakdownError, Curvature, Dual, Primal, Step, make_space
+from hiddenlake.probing.solvers.spaces import BreakdownError, Curvature, Dual, Primal, Step, make_space, make_spaces
 
 _MAX_NEWTON = 30
 _MAX_EXACT = 200
@@ -55,13 +55,15 @@ class _Fold:
 
     def solve(self) -> Solution:
         columns, training = self.columns, self.training
-        space = make_space(training.rows.matrix(torch.float32))
-        state, intercept = self._path(space)
-        coef = space.coef(state, training.rows)
-        found = certify_columns(columns, coef, intercept)
-        objective, gap, intercept = found.objective, found.gap_bound, found.intercept
-        scores = found.scores
-        left = (~(gap <= self.tol * objective)).nonzero().ravel()
+        for space in make_spaces(training.rows.matrix(torch.float32), len(self.label_set)):
+            state, intercept = self._path(space)
+            coef = space.coef(state, training.rows)
+            found = certify_columns(columns, coef, intercept)
+            objective, gap, intercept = found.objective, found.gap_bound, found.intercept
+            scores = found.scores
+            left = (~(gap <= self.tol * objective)).nonzero().ravel()
+            if not len(left):
+                break
         for dtype in _LADDER[1:]:
             if not len(left):
                 break

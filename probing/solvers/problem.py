@@ -21,8 +21,11 @@ from hiddenlake.cache.errors import ProbeError
 
 SCALES = ("none", "rms", "feature")
 
-# Of one block of rows, widened.
-_BLOCK_BYTES = 64 << 20
+# Of one block of rows, widened: on a CPU it stays in its cache, and the memory is asked for once; a GPU wants much at once.
+_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
+
+# Fewer rows than these make poor matrix products.
+_BLOCK_ROWS = 128
 
 
 class ScaledRows:
@@ -35,21 +38,30 @@ class ScaledRows:
         self.X, self.centre, self.unit = X, centre, unit
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(which rows, these rows in a dtype)."""
+        """(which rows, these rows in a dtype). A block is overwritten by the next."""
         n, d = self.X.shape
-        step = max(1, _BLOCK_BYTES // max(1, d * dtype.itemsize))
+        step = max(_BLOCK_ROWS, _BLOCK_BYTES[self.X.device.type] // max(1, d * dtype.itemsize))
+        block = self.X.new_empty(min(n, step), d, dtype=dtype)
         centre, unit = self.centre.to(dtype), self.unit.to(dtype)
         for start in range(0, n, step):
             rows = slice(start, min(n, start + step))
-            yield rows, torch.sub(self.X[rows].to(dtype), centre).mul_(unit)
+            yield rows, self._widen(rows, block[: rows.stop - start], centre, unit)
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
         """All of them."""
-        return torch.cat([block for _, block in self.blocks(dtype)])
+        every = slice(0, len(self.X))
+        out = self.X.new_empty(self.X.shape, dtype=dtype)
+        return self._widen(every, out, self.centre.to(dtype), self.unit.to(dtype))
+
+    def _widen(self, rows: slice, out: torch.Tensor, centre: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+        return out.copy_(self.X[rows]).sub_(centre).mul_(unit)
 
     def scores(self, coef: torch.Tensor) -> torch.Tensor:
         """(n, k) scores without intercept of (d, k) weights, in their dtype."""
-        return torch.cat([block @ coef for _, block in self.blocks(coef.dtype)])
+        out = coef.new_empty(len(self.X), coef.shape[1])
+        for rows, block in self.blocks(coef.dtype):
+            torch.mm(block, coef, out=out[rows])
+        return out
 
     def pull(self, residual: torch.Tensor) -> torch.Tensor:
         """(d, k) gradient with respect to the weights of (n, k) derivatives with respect to the scores."""
