@@ -22,7 +22,7 @@ from hiddenlake.cache.errors import ProbeError
 SCALES = ("none", "rms", "feature")
 
 # Of one block of rows, widened: on a CPU it stays in its cache, and the memory is asked for once; a GPU wants much at once.
-_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
+_CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 1 << 20, 256 << 20
 
 # Fewer rows than these make poor matrix products.
 _BLOCK_ROWS = 128
@@ -40,7 +40,7 @@ class ScaledRows:
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """(which rows, these rows in a dtype). A block is overwritten by the next."""
         n, d = self.X.shape
-        step = max(_BLOCK_ROWS, _BLOCK_BYTES[self.X.device.type] // max(1, d * dtype.itemsize))
+        step = _rows_of_block(self.X, dtype)
         block = self.X.new_empty(min(n, step), d, dtype=dtype)
         centre, unit = self.centre.to(dtype), self.unit.to(dtype)
         for start in range(0, n, step):
@@ -205,7 +205,7 @@ def make_problem(
 
 def finite_rows(X: torch.Tensor) -> torch.Tensor:
     """(n,) bool, whether all of a row is finite; looked at block by block."""
-    step = max(1, _BLOCK_BYTES // max(1, X.shape[1] * X.dtype.itemsize))
+    step = _rows_of_block(X, X.dtype)
     return torch.cat([block.isfinite().all(1) for block in X.split(step)])
 
 
@@ -217,6 +217,11 @@ def as_tensor(X: np.ndarray | torch.Tensor) -> torch.Tensor:
     if X.dtype.name == "bfloat16":
         return torch.from_numpy(np.ascontiguousarray(X).view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.ascontiguousarray(X))
+
+
+def _rows_of_block(X: torch.Tensor, dtype: torch.dtype) -> int:
+    size = _CPU_BLOCK_BYTES if X.device.type == "cpu" else _GPU_BLOCK_BYTES
+    return max(_BLOCK_ROWS, size // max(1, X.shape[1] * dtype.itemsize))
 
 
 def _scales(X: torch.Tensor, train: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
