@@ -41,12 +41,14 @@ class HeldOut:
 
     score : (sample,) float64, log-odds of the positive class; NaN where the fold's cell does not have the sample.
     cells : of each fold.  relative_gap : the largest gap_bound / objective.  converged : whether all probes have.
+    certified : mean over folds of the bounds between which the optimum's AUC lies.
     """
 
     score: np.ndarray
     cells: tuple[At, ...]
     relative_gap: float
     converged: bool
+    certified: tuple[float, float]
 
     @property
     def named(self) -> str:
@@ -111,28 +113,34 @@ def held_out_scores(
     own = replace(design, labels=labels)
     score = np.full(len(chosen.positive), np.nan)
     gaps: list[float] = []
+    bounds: list[np.ndarray] = []
     positions = chosen.data.position.values.astype(str).tolist()
     for layer, position in dict.fromkeys(cells):
 
-        def fit(X: np.ndarray, rows: np.ndarray, at: At = (layer, position)) -> tuple[np.ndarray, np.ndarray]:
+        def fit(
+            X: np.ndarray, rows: np.ndarray, at: At = (layer, position)
+        ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             if reason := too_few(own.labels[0, rows], own.fold[rows], own.n_folds):
                 raise ProbeError(f"layer {at[0]}, {at[1]}: {reason}")
             solved = solve_cell(X, rows, own)
             found = np.full(len(score), np.nan)
-            found[rows] = judge(solved, X).score[:, 0]
+            judged = judge(solved, X)
+            found[rows] = judged.score[:, 0]
             gap = np.full(own.n_folds, np.nan)
             gap[solved.held] = solved.solution.gap_bound / solved.solution.objective
-            return found, gap
+            return found, gap, np.stack([judged.certified_lo[:, 0], judged.certified_hi[:, 0]])
 
         number = positions.index(position)
         activations = chosen.data[chosen.site].sel(layer=[layer]).isel(position=[number])
-        found, gap = sweep(
+        found, gap, certified = sweep(
             Cells(activations), chosen.mask[[number]], chosen.labelled, fit, order=own.order
         )[0, 0]  # fmt: skip
         for f in (f for f, cell in enumerate(cells) if cell == (layer, position)):
             score[own.fold == f] = found[own.fold == f]
             gaps.append(float(gap[f]))
-    return HeldOut(score, tuple(cells), max(gaps), max(gaps) <= design.tol)
+            bounds.append(certified[:, f])
+    lo, hi = np.mean(bounds, axis=0).tolist()
+    return HeldOut(score, tuple(cells), max(gaps), max(gaps) <= design.tol, (lo, hi))
 
 
 def fold_auc(score: np.ndarray, positive: np.ndarray, design: Design) -> FoldAuc:

@@ -20,13 +20,10 @@ from hiddenlake.cache.job import Job, plan_job
 from hiddenlake.cache.samples import Judgement, Question
 from hiddenlake.cache.store.reader import Capture, open_capture
 from hiddenlake.cache.store.snapshot import samples_of
-from hiddenlake.probing.experiments.places import capture_task
+from hiddenlake.probing.experiments.places import LEAST, capture_task
 from hiddenlake.probing.tasks.questions import digest
 
 RULES = "p(True)/1"
-
-# Where nothing but a log-probability is wanted of a capture: one row a sample, known before it runs, of no layer.
-LEAST = {"sites": ("final_norm",), "positions": ("last_q",)}
 
 LETTERS = ("A", "B")
 # (which answer is judged, whether A means true): the rows of the result.

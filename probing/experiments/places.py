@@ -14,6 +14,10 @@ from hiddenlake.probing.tasks.paper import paper_task
 # The paper samples with Hugging Face's generate, whose default this is; temperature and top_p are 1.
 _TOP_K = 50
 
+# Of a capture whose texts and log-probabilities are wanted, and no activations: one row a sample of a site without layers,
+# at a token that is known before anything is generated, so that nothing waits for the answer and no last token is fed.
+LEAST = {"sites": ("final_norm",), "positions": ("last_q",)}
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

@@ -60,8 +60,7 @@ def heatmap_command(
     from hiddenlake.probing.experiments.places import capture_task, paper_job, place_of
     from hiddenlake.probing.grid import best_cell
 
-    if compat not in (None, "llmsknow"):
-        raise BadInputError(f"--compat {compat!r} does not exist: expected `llmsknow`")
+    _check_compat(compat)
     job = paper_job(task, model, data=data, limit=limit, strict=strict, sites=(site,), dtype=dtype)
     place = place_of(out, job)
     with ProgressBar() as bar:
@@ -123,6 +122,101 @@ def detect_command(
     with counted(f"probing {site}") as progress:
         table = detect(found, site, positions=named, p_true=odds, progress=progress)
     _show(table, place.table(f"detect-{site}"), as_json)
+
+
+K = Annotated[int, typer.Option("--k", help="More answers a question, drawn at temperature 1; the paper draws 30.")]
+Compat = Annotated[str | None, typer.Option(help="`llmsknow`: as the paper's code counts, where that differs.")]
+
+
+@app.command("error-types")
+def error_types_command(
+    task: Task,
+    model: Model,
+    out: Out = Path("paper"),
+    data: Data = None,
+    limit: Limit = None,
+    k: K = 30,
+    site: Site = "mlp_out",
+    layer: Annotated[int | None, typer.Option(help="Of the probes; by default the best one, nested.")] = None,
+    position: Annotated[str | None, typer.Option(help="Of the probes; by default the best one, nested.")] = None,
+    compat: Compat = None,
+    strict: Strict = False,
+    engine: Engine = "vllm",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Which types of error there are, by what K more answers say, and whether the activations know: the paper's table 2."""
+    from hiddenlake.cache.progress import ProgressBar, counted
+    from hiddenlake.cache.store.reader import open_capture
+    from hiddenlake.probing.experiments.error_types import error_types
+    from hiddenlake.probing.experiments.places import LEAST, capture_task, paper_job, place_of
+    from hiddenlake.probing.experiments.resamples import read_resamples, resample
+
+    _check_compat(compat)
+    if (layer is None) != (position is None):
+        raise BadInputError("--layer and --position name one cell together: give both, or none")
+    asked = {"data": data, "limit": limit, "strict": strict, "dtype": dtype}
+    job = paper_job(task, model, sites=(site,), **asked)
+    place = place_of(out, job)
+    with ProgressBar() as bar:
+        capture_task(job, place.capture, engine=engine, watcher=bar)
+    more = paper_job(task, model, samples=k, **LEAST, **asked)
+    with ProgressBar() as bar:
+        drawn = resample(place, more, "resampled", engine=engine, watcher=bar)
+    with counted(f"probing {site}") as progress:
+        table = error_types(
+            open_capture(place.capture).dataset(), read_resamples(drawn, k), site,
+            cell=None if layer is None else (layer, position), compat=compat, progress=progress,
+        )  # fmt: skip
+    _show(table, place.table(f"error-types-{site}" + (f"-{compat}" if compat else "")), as_json)
+
+
+@app.command("choose")
+def choose_command(
+    task: Task,
+    model: Model,
+    out: Out = Path("paper"),
+    data: Data = None,
+    limit: Limit = None,
+    k: K = 30,
+    site: Site = "mlp_out",
+    position: Annotated[str, typer.Option(help="Of the probe.")] = "exact_answer_last",
+    layer: Annotated[int | None, typer.Option(help="Of the probe; by default the best one, nested.")] = None,
+    compat: Compat = None,
+    strict: Strict = False,
+    engine: Engine = "vllm",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Pick one of K answers: greedy, at random, by majority, by a probe. The paper's tables 13 and 14."""
+    from hiddenlake.cache.progress import ProgressBar, counted
+    from hiddenlake.cache.store.reader import open_capture
+    from hiddenlake.probing.experiments.choose import choose, layers_of
+    from hiddenlake.probing.experiments.places import capture_task, paper_job, place_of
+    from hiddenlake.probing.experiments.resamples import resample
+
+    _check_compat(compat)
+    asked = {"data": data, "limit": limit, "strict": strict, "dtype": dtype, "sites": (site,)}
+    job = paper_job(task, model, **asked)
+    place = place_of(out, job)
+    with ProgressBar() as bar:
+        capture_task(job, place.capture, engine=engine, watcher=bar)
+    greedy = open_capture(place.capture).dataset()
+    with counted("choosing a layer") as progress:
+        layers = layers_of(greedy, site, position, layer=layer, progress=progress)
+    needed = sorted(set(layers))
+    more = paper_job(task, model, samples=k, layers=needed, positions=[position], **asked)
+    with ProgressBar() as bar:
+        kind = f"resampled-{site}-{'.'.join(map(str, needed))}-{position}"
+        drawn = resample(place, more, kind, engine=engine, watcher=bar)
+    with counted("scoring answers") as progress:
+        table = choose(greedy, drawn, k, site, position, layers, compat=compat, progress=progress)
+    _show(table, place.table(f"choose-{site}" + (f"-{compat}" if compat else "")), as_json)
+
+
+def _check_compat(compat: str | None) -> None:
+    if compat not in (None, "llmsknow"):
+        raise BadInputError(f"--compat {compat!r} does not exist: expected `llmsknow`")
 
 
 def _show(table: "Table", path: Path, as_json: bool) -> None:

@@ -1,10 +1,15 @@
 """Synthetic captures: what a capture's dataset() returns, with a signal planted where a test wants it."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
+
+from hiddenlake.cache.samples import Sample
+from hiddenlake.cache.store import Coverage, open_writer
 
 POSITIONS = ("last_q", "first_answer", "second_answer", "exact_answer_first", "exact_answer_last",
              "exact_answer_after_last", "-2", "-1")  # fmt: skip
@@ -13,6 +18,40 @@ POSITIONS = ("last_q", "first_answer", "second_answer", "exact_answer_first", "e
 @pytest.fixture(scope="session")
 def make_capture() -> Callable[..., xr.Dataset]:
     return synthetic_capture
+
+
+@pytest.fixture(scope="session")
+def store_capture() -> Callable[..., Path]:
+    return write_capture
+
+
+def write_capture(data: xr.Dataset, path: Path, identity: dict[str, Any]) -> Path:
+    """The same on disk, its samples in any order of arrival."""
+    n, width = data.sizes["sample"], data.sizes["hidden"]
+    positions = tuple(data.position.values.tolist())
+    coverage = Coverage(("mlp_out",), tuple(data.layer.values.tolist()), positions, {"mlp_out": width}, "float32")
+    arrival = np.random.default_rng(0).permutation(n)
+    with open_writer(path, identity=identity, coverage=coverage, provenance={}, planned=n, shard_samples=64) as writer:
+        writer.reserve(data.sample.values.tolist(), n)
+        for i in arrival.tolist():
+            shard, slot = writer.slot()
+            there = data.token_index.values[:, i] >= 0
+            for site, view in shard.views.items():
+                rows = data[site].isel(sample=i).values
+                view[..., there, slot, :] = rows[..., there, :].view(view.dtype)
+            writer.add(shard, slot, _sample(data, i))
+    return path
+
+
+def _sample(data: xr.Dataset, i: int) -> Sample:
+    at = data.isel(sample=i)
+    prompt, total = int(at.prompt_length), int(at.total_length)
+    exact = at.exact_answer.item()  # xarray has NaN for None
+    return Sample(
+        str(at.sample.item()), int(at["index"]), int(at["sample_index"]), str(at.group.item()), "prompt", "answer",
+        tuple(at.answers.item()), bool(at.correct), exact if isinstance(exact, str) else None, bool(at.exact_answer_valid),
+        tuple(range(total)), (-0.5,) * (total - prompt), prompt, total, "stop", tuple(at.token_index.values.tolist()),
+    )  # fmt: skip
 
 
 def synthetic_capture(

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from hiddenlake.cache.errors import BadInputError, IdentityError, ProbeError, StoreError
 from hiddenlake.probing.grid import fit_grid

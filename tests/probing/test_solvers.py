@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from hiddenlake.cache.errors import ProbeError
-from hiddenlake.probing.solvers.certificate import Intercepts, certify
 from hiddenlake.probing.solvers import newton, spaces
+from hiddenlake.probing.solvers.certificate import Intercepts, certify
 from hiddenlake.probing.solvers.newton import solve_newton
 from hiddenlake.probing.solvers.problem import Columns, make_problem
 from hiddenlake.probing.solvers.scikit import solve_scikit
