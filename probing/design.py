@@ -8,16 +8,34 @@ import numpy as np
 from hiddenlake.cache.errors import ProbeError
 from hiddenlake.probing.controls import shuffle_labels
 from hiddenlake.probing.solvers.newton import solve_newton
+from hiddenlake.probing.solvers.penalised import solve_penalised
+from hiddenlake.probing.solvers.penalty import check_penalty
 from hiddenlake.probing.solvers.problem import Problem, Solution
 from hiddenlake.probing.solvers.scikit import solve_scikit
 from hiddenlake.probing.splits import make_folds
 from hiddenlake.probing.weights import ClassWeight, check_class_weight, check_sample_weight
 
-SOLVERS: dict[str, Callable[[Problem, float], Solution]] = {
+Solver = Callable[[Problem, float], Solution]
+
+SOLVERS: dict[str, Solver] = {
     "auto": solve_newton,
     "newton": solve_newton,
     "sklearn": solve_scikit,
 }
+# Of penalties with an l1 part.
+L1_SOLVERS: dict[str, Solver] = {
+    "auto": solve_penalised,
+    "sklearn": solve_penalised,
+}
+
+
+def solver_of(name: str, l1_ratio: float) -> Solver:
+    """Raises ProbeError for one that there is not, or that has no such penalty."""
+    if name not in SOLVERS:
+        raise ProbeError(f"unknown solver {name!r}: expected one of {', '.join(SOLVERS)}")
+    if l1_ratio and name not in L1_SOLVERS:
+        raise ProbeError(f"solver {name!r} has no l1 penalty: expected one of {', '.join(L1_SOLVERS)}")
+    return (L1_SOLVERS if l1_ratio else SOLVERS)[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +46,7 @@ class Design:
     those that are left out.  order : (sample,) int, the samples by their names.
     C : (C,).  group : (sample,) int where groups repeat, which asks for the grouped bootstrap, or None.
     sample_weight : (sample,) float64, what each counts in a fit.  class_weight : as in fit_probes.
+    l1_ratio : the share of the penalty that is l1.
     """
 
     labels: np.ndarray
@@ -42,10 +61,10 @@ class Design:
     seed: int
     sample_weight: np.ndarray
     class_weight: ClassWeight
+    l1_ratio: float
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise ProbeError(f"unknown solver {self.solver!r}: expected one of {', '.join(SOLVERS)}")
+        solver_of(self.solver, self.l1_ratio)
         if not len(self.C) or not (np.isfinite(self.C).all() and (self.C > 0).all()):
             raise ProbeError(f"C is {self.C.tolist()}: expected one or more numbers above 0")
         if not self.tol > 0:
@@ -59,7 +78,9 @@ class Design:
 
     @property
     def solver_name(self) -> str:
-        return "newton" if self.solver == "auto" else self.solver
+        if self.solver != "auto":
+            return self.solver
+        return "sklearn" if self.l1_ratio else "newton"
 
 
 def make_design(
@@ -77,6 +98,8 @@ def make_design(
     seed: int,
     sample_weight: Sequence | np.ndarray | None = None,
     class_weight: ClassWeight = None,
+    penalty: str = "l2",
+    l1_ratio: float | None = None,
 ) -> Design:
     """Folds and shuffles of the samples that are kept.
 
@@ -107,6 +130,7 @@ def make_design(
         seed=seed,
         sample_weight=check_sample_weight(np.ones(n) if sample_weight is None else sample_weight, positive, kept),
         class_weight=class_weight,
+        l1_ratio=check_penalty(penalty, l1_ratio),
     )
     design.fold[kept] = make_folds(positive[kept], n_folds=cv, groups=groups[kept], seed=seed)
     design.labels[0] = positive

@@ -27,6 +27,8 @@ def fit_probes(
     keep: Sequence | np.ndarray | None = None,
     sample_weight: Sequence | np.ndarray | None = None,
     class_weight: ClassWeight = None,
+    penalty: str = "l2",
+    l1_ratio: float | None = None,
     scale: str = "feature",
     solver: str = "auto",
     tol: float = 1e-6,
@@ -35,7 +37,7 @@ def fit_probes(
     compat: str | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """Fit L2 logistic probes in every cell of `activations`, cross-validated, each with a certificate.
+    """Fit logistic probes in every cell of `activations`, cross-validated, each with a certificate.
 
     activations : (layer, position, sample, hidden) float32, lazy or not; `layer` and `position` may be
         missing. One cell is read at a time by each thread.
@@ -50,6 +52,10 @@ def fit_probes(
         alike.
     class_weight : None, `balanced` (each class half of what the training samples of a fold weigh, as in scikit-learn), or
         weights by False and True. The certificate is that of the weighted problem.
+    penalty, l1_ratio : `l2`; `l1`; or `elasticnet`, l1_ratio of it l1. With an l1 part, columns are fitted one after the
+        other by scikit-learn's coordinate descent, which takes up to minutes a column where features are many and
+        l1_ratio is small; the certificate of l1 bounds the objective, and no distance of the weights, so that the
+        optimum's auc is not bounded.
     scale : `feature`, `rms` or `none`, from the training rows of each fold. Centring needs no choice: the
         intercept is free.
     tol : a probe has converged when gap_bound <= tol * objective.
@@ -77,14 +83,15 @@ def fit_probes(
     if compat is not None:
         if compat != "llmsknow":
             raise UnknownNameError(f"unknown compat {compat!r}: expected `llmsknow` or None")
-        if sample_weight is not None or class_weight is not None:
-            raise ProbeError("compat='llmsknow' is the paper's fit, which has no weights: leave them or compat out")
+        if sample_weight is not None or class_weight is not None or penalty != "l2":
+            raise ProbeError("compat='llmsknow' is the paper's fit, l2 without weights: leave these or compat out")
         return fit_llmsknow(cells, positive, mask=mask, keep=kept, seed=seed, progress=progress)
     names = np.arange(n) if index is None else _one_per_sample(index, n, "index")
     group_names = names if groups is None else _one_per_sample(groups, n, "groups")
     design = make_design(
         positive, kept=kept, names=names, groups=group_names, C=C, cv=cv, scale=scale, solver=solver, tol=tol,
         shuffles=shuffles, seed=seed, sample_weight=sample_weight, class_weight=class_weight,
+        penalty=penalty, l1_ratio=l1_ratio,
     )  # fmt: skip
 
     def fit(X: np.ndarray, rows: np.ndarray) -> Cell:
@@ -100,6 +107,7 @@ def fit_probes(
         "tol": tol,
         "sample_weight": "none" if sample_weight is None else "given",
         "class_weight": str(class_weight or "none"),
+        "l1_ratio": design.l1_ratio,
         "shuffles": shuffles,
         "seed": seed,
         "compat": "none",

@@ -27,6 +27,8 @@ def held_out(
     C: float = 0.01,
     cv: int = 5,
     class_weight: ClassWeight = None,
+    penalty: str = "l2",
+    l1_ratio: float | None = None,
     scale: str = "feature",
     solver: str = "auto",
     tol: float = 1e-6,
@@ -49,6 +51,7 @@ def held_out(
     design = make_design(
         chosen.positive, kept=chosen.labelled, names=chosen.index, groups=chosen.groups, C=C, cv=cv, scale=scale,
         solver=solver, tol=tol, shuffles=0, seed=seed, class_weight=class_weight,
+        penalty=penalty, l1_ratio=l1_ratio,
     )  # fmt: skip
     if len(design.C) != 1:
         raise ProbeError(f"C is {design.C.tolist()}: the scores are those of one probe, name one number")
@@ -89,6 +92,7 @@ def held_out(
         "C": float(design.C[0]),
         "cv": cv,
         "class_weight": str(class_weight or "none"),
+        "l1_ratio": design.l1_ratio,
         "scale": scale,
         "solver": design.solver_name,
         "tol": tol,

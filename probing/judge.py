@@ -43,10 +43,11 @@ def judge(solved: Solved, X: np.ndarray) -> Judged:
         found = (held @ solved.solution.coef[:, columns])[first[again]] + solved.solution.intercept[columns]
         measured = auroc(found, solved.labels[solved.label_set[columns]][:, out].T)
         auc[columns], variance[columns] = measured.auc, measured.variance
+        # The objective is 1 - l1_ratio strongly convex: with an l1 penalty alone, no distance is bounded.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            radius = np.sqrt(2.0 * solved.solution.gap_bound[columns] / (1.0 - solved.problem.l1_ratio))
         real = solved.label_set[columns] == 0
         columns, found = columns[real], found[:, real]
         score[np.ix_(out, solved.C[columns])] = found
-        certified[:, f, solved.C[columns]] = certified_auc(
-            found, solved.labels[0, out], held, same[out], np.sqrt(2.0 * solved.solution.gap_bound[columns])
-        )
+        certified[:, f, solved.C[columns]] = certified_auc(found, solved.labels[0, out], held, same[out], radius[real])
     return Judged(auc, variance, score, *certified)

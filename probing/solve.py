@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hiddenlake.probing.design import SOLVERS, Design
+from hiddenlake.probing.design import Design, solver_of
 from hiddenlake.probing.solvers.problem import Problem, Solution, make_problem
 from hiddenlake.probing.weights import column_class_weights
 
@@ -59,11 +59,12 @@ def solve_cell(X: np.ndarray, rows: np.ndarray, design: Design) -> Solved:
     which_c, which_fold, which_labels = (which[fitted] for which in (which_c, which_fold, which_labels))
     problem = make_problem(
         X, labels, weight, C=design.C[which_c], fold=which_fold, label_set=which_labels, scale=design.scale,
+        l1_ratio=design.l1_ratio,
         class_weight=column_class_weights(
             design.class_weight, labels, weight, fold=which_fold, label_set=which_labels
         ),
     )  # fmt: skip
-    solution = SOLVERS[design.solver](problem, design.tol)
+    solution = solver_of(design.solver, design.l1_ratio)(problem, design.tol)
     return Solved(labels, fold, shape, fitted, which_c, which_fold, which_labels, problem, solution)
 
 

@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 
 from hiddenlake.cache.errors import ProbeError
-from hiddenlake.probing.design import SOLVERS
+from hiddenlake.probing.design import solver_of
 from hiddenlake.probing.fit import fit_probes
 from hiddenlake.probing.probe import Probe
 from hiddenlake.probing.selection import select
+from hiddenlake.probing.solvers.penalty import check_penalty
 from hiddenlake.probing.solvers.problem import make_problem
 from hiddenlake.probing.weights import ClassWeight, column_class_weights
 
@@ -24,6 +25,8 @@ def fit_probe(
     C: float = 0.01,
     cv: int = 5,
     class_weight: ClassWeight = None,
+    penalty: str = "l2",
+    l1_ratio: float | None = None,
     scale: str = "feature",
     solver: str = "auto",
     tol: float = 1e-6,
@@ -40,7 +43,8 @@ def fit_probe(
     cell = chosen.data[chosen.site].isel(layer=0, position=0).transpose("sample", ...)
     judged = fit_probes(
         cell, chosen.positive, C=C, cv=cv, groups=chosen.groups, index=chosen.index, mask=chosen.mask[0],
-        keep=chosen.labelled, class_weight=class_weight, scale=scale, solver=solver, tol=tol, shuffles=0, seed=seed,
+        keep=chosen.labelled, class_weight=class_weight, penalty=penalty, l1_ratio=l1_ratio, scale=scale, solver=solver, tol=tol,
+        shuffles=0, seed=seed,
     ).isel(layer=0, position=0, C=0)  # fmt: skip
     if judged.auc.isnull():
         raise ProbeError(f"layer {layer}, {position}: {str(judged.reason.item())}")
@@ -50,8 +54,9 @@ def fit_probe(
     problem = make_problem(
         cell.values[rows], labels, train, C=np.array([C]), fold=one, label_set=one, scale=scale,
         class_weight=column_class_weights(class_weight, labels, train, fold=one, label_set=one),
+        l1_ratio=check_penalty(penalty, l1_ratio),
     )  # fmt: skip
-    found = SOLVERS[solver](problem, tol)
+    found = solver_of(solver, problem.l1_ratio)(problem, tol)
     # z = ((x - centre) unit) . w + b, in the coordinates of the stored x
     coef = found.coef[:, 0] * problem.unit[0].cpu().numpy()
     return Probe(
@@ -64,7 +69,7 @@ def fit_probe(
         positive_class=chosen.positive_class,
         identity=chosen.identity,
         fit={
-            "C": float(C), "class_weight": judged.attrs["class_weight"], "scale": scale, "solver": judged.attrs.get("solver", solver), "tol": tol, "seed": seed,
+            "C": float(C), "class_weight": judged.attrs["class_weight"], "l1_ratio": problem.l1_ratio, "scale": scale, "solver": judged.attrs.get("solver", solver), "tol": tol, "seed": seed,
             "n": len(rows), "n_positive": int(chosen.positive[rows].sum()), "n_iter": int(found.n_iter[0]),
             "objective": float(found.objective[0]), "gap_bound": float(found.gap_bound[0]),
             "converged": bool(found.converged[0]), "folds": cv, "groups": groups or "question",

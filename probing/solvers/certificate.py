@@ -7,7 +7,7 @@ regularization and Fenchel duality", JMLR 8, 2007):
 
     P(w) - P* <= 0.5 * ||w - sum_i alpha_i y_i x_i||^2 = 0.5 * ||grad_w P||^2
 
-It is evaluated in float64 from the stored rows, never from what a solver keeps while it runs.
+Penalties with an l1 part have theirs in hiddenlake.probing.solvers.penalty. It is evaluated in float64 from the stored rows, never from what a solver keeps while it runs.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from hiddenlake.kernels.logistic import Losses, logistic_losses
+from hiddenlake.probing.solvers.penalty import elastic_net_gap, omega
 from hiddenlake.probing.solvers.problem import Columns, Problem
 
 # Samples of one class whose pairs with the other are looked at together.
@@ -111,10 +112,14 @@ def certify_columns(columns: Columns, coef: torch.Tensor, intercept: torch.Tenso
     """
     scores = columns.rows.scores(coef)
     fitted = Intercepts.of(columns, torch.float64).fit(scores, intercept)
-    gradient = columns.rows.pull(fitted.at.residual).add_(coef)
+    gradient = columns.rows.pull(fitted.at.residual)
     return Certificate(
-        objective=fitted.at.loss + 0.5 * coef.square().sum(0),
-        gap_bound=0.5 * gradient.square().sum(0),
+        objective=fitted.at.loss + omega(coef, columns.l1_ratio),
+        gap_bound=(
+            elastic_net_gap(columns, coef, gradient, fitted.at)
+            if columns.l1_ratio
+            else 0.5 * gradient.add_(coef).square().sum(0)
+        ),
         intercept=fitted.intercept,
         scores=scores,
     )
@@ -143,7 +148,7 @@ def certified_auc(
 
     scores : (n, k) float64 of held-out samples.  positive : (n,) bool, with both classes.
     rows : (n, d) float64, the samples in the coordinates of the weights.  same : (n,) int, equal for equal rows.
-    radius : (k,) sqrt(2 gap_bound), the largest ||w - w*||.
+    radius : (k,) sqrt(2 gap_bound) under an l2 penalty, the largest ||w - w*||; infinite where none is known.
 
     At the optimum the scores of two samples differ by what they differ by here, give or take radius ||x - x'|| (Cauchy and
     Schwarz). A pair whose order may change counts for either side; equal rows tie in any case.
@@ -159,7 +164,9 @@ def certified_auc(
         tied = 0.5 * (same[part][:, None] == same[~positive]).sum()
         for k, r in enumerate(radius):
             difference = scores[part, k][:, None] - scores[~positive, k]
-            won[k] += (difference > r * distance).sum() + tied
-            lost[k] += (difference < -r * distance).sum() + tied
+            with np.errstate(invalid="ignore"):  # an infinite radius times 0: neither won nor lost
+                reach = r * distance
+            won[k] += (difference > reach).sum() + tied
+            lost[k] += (difference < -reach).sum() + tied
     pairs = len(members) * len(others)
     return won / pairs, 1.0 - lost / pairs

@@ -3,7 +3,7 @@
 Shape letters: n rows (samples), d features, F folds, L label sets, K columns (fold x C x label set).
 A column minimises, in scikit-learn's convention,
 
-    sum_i s_i log(1 + exp(-y_i z_i)) + 0.5 ||w||^2,   z = X (w * unit) + b,   b free,
+    sum_i s_i log(1 + exp(-y_i z_i)) + l1_ratio ||w||_1 + 0.5 (1 - l1_ratio) ||w||^2,   z = X (w * unit) + b,   b free,
 
 where s_i is C, times the weights of the sample and of its class, for the training rows of its fold, and 0 for others.
 
@@ -87,15 +87,24 @@ class Columns:
     weight: torch.Tensor
     positive: torch.Tensor
     strength: torch.Tensor
+    l1_ratio: float = 0.0
 
     def __getitem__(self, chosen: torch.Tensor) -> "Columns":
         """Some of the columns. chosen : (m,) int."""
-        return Columns(self.rows, self.weight, self.positive[:, chosen], self.strength[:, chosen])
+        return Columns(self.rows, self.weight, self.positive[:, chosen], self.strength[:, chosen], self.l1_ratio)
 
     def training(self) -> "Columns":
         """On the training rows only."""
         inside = self.weight.nonzero().ravel()
-        return Columns(self.rows.take(inside), self.weight[inside], self.positive[inside], self.strength)
+        return Columns(self.rows.take(inside), self.weight[inside], self.positive[inside], self.strength, self.l1_ratio)
+
+    def weights(self) -> torch.Tensor:
+        """(n, k) s_i."""
+        return self.weight[:, None] * torch.where(self.positive, self.strength[1], self.strength[0])
+
+    def cpu(self) -> "Columns":
+        rows = ScaledRows(*(x.cpu() for x in (self.rows.X, self.rows.centre, self.rows.unit)))
+        return Columns(rows, self.weight.cpu(), self.positive.cpu(), self.strength.cpu(), self.l1_ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +118,7 @@ class Problem:
     unit : (F, d) float64, what each feature is multiplied by in each fold; 0 where it is constant there.
     fold, label_set : (K,) int64, the fold and the label set of each column.
     strength : (2, K) float64, C times the weight of the negative and of the positive class.
+    l1_ratio : the share of the penalty that is l1.
     """
 
     X: torch.Tensor
@@ -119,12 +129,17 @@ class Problem:
     fold: torch.Tensor
     label_set: torch.Tensor
     strength: torch.Tensor
+    l1_ratio: float = 0.0
 
     def columns(self, fold: int, chosen: torch.Tensor) -> Columns:
         """Some columns of a fold. chosen : (k,) int64."""
         rows = ScaledRows(self.X, self.centre, self.unit[fold])
         return Columns(
-            rows, self.train[fold], self.labels[self.label_set[chosen]].mT.contiguous(), self.strength[:, chosen]
+            rows,
+            self.train[fold],
+            self.labels[self.label_set[chosen]].mT.contiguous(),
+            self.strength[:, chosen],
+            self.l1_ratio,
         )
 
     def coordinates(self, fold: int, rows: np.ndarray) -> np.ndarray:
@@ -167,6 +182,7 @@ def make_problem(
     label_set: np.ndarray,
     scale: str = "feature",
     class_weight: np.ndarray | None = None,
+    l1_ratio: float = 0.0,
 ) -> Problem:
     """Columns over the rows of one cell.
 
@@ -176,6 +192,7 @@ def make_problem(
     scale : `none`, `rms` (one number a fold) or `feature` (standard deviation of each feature), from
         the training rows of the fold, whatever their weights.
     class_weight : (K, 2) of each column's negative and positive class; 1 by default.
+    l1_ratio : from 0, an l2 penalty, to 1, an l1 penalty.
 
     Raises ProbeError when X holds values that are not finite, or a column has one class only.
     """
@@ -200,7 +217,7 @@ def make_problem(
     strength = torch.as_tensor(C, dtype=torch.float64, **on).expand(2, -1)
     if class_weight is not None:
         strength = strength * torch.as_tensor(class_weight, dtype=torch.float64, **on).mT
-    return Problem(X, centre, labels, train, unit, fold, label_set, strength)
+    return Problem(X, centre, labels, train, unit, fold, label_set, strength, l1_ratio)
 
 
 def finite_rows(X: torch.Tensor) -> torch.Tensor:

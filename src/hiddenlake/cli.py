@@ -287,6 +287,8 @@ def probe_command(
     class_weight: Annotated[
         str | None, typer.Option(help="`balanced`: both classes weigh alike in a fit, however rare one is.")
     ] = None,
+    penalty: Annotated[str, typer.Option(help="`l2`, `l1`, or `elasticnet` with --l1-ratio.")] = "l2",
+    l1_ratio: Annotated[float | None, typer.Option(help="The share of an elastic net that is l1.")] = None,
     compat: Annotated[str | None, typer.Option(help="`llmsknow`: the paper's fit to the letter.")] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Also fit the best cell on all samples, and keep that probe in this file.")
@@ -317,6 +319,8 @@ def probe_command(
             cv=cv,
             C=strengths,
             class_weight=class_weight,
+            penalty=penalty,
+            l1_ratio=l1_ratio,
             scale=scale,
             shuffles=shuffles,
             seed=seed,
@@ -330,7 +334,7 @@ def probe_command(
 
         probe = fit_probe(
             opened, site, best.layer, best.position, label=label, groups=groups, C=best.C, cv=cv,
-            class_weight=class_weight, scale=scale, seed=seed,
+            class_weight=class_weight, penalty=penalty, l1_ratio=l1_ratio, scale=scale, seed=seed,
         )  # fmt: skip
         talk(f"the probe of layer {best.layer}, {best.position} is kept in {probe.save(keep)}")
     print(json.dumps(asdict(best)))

@@ -95,7 +95,7 @@ def test_a_cell_whose_class_weighs_nothing_has_a_reason():
         ({"class_weight": "equal"}, "class_weight is 'equal': expected None, `balanced`"),
         ({"class_weight": {"wrong": 2.0}}, "class_weight gives 'wrong' 2.0"),
         ({"class_weight": {True: 0.0}}, "class_weight gives True 0.0: expected a weight above 0"),
-        ({"class_weight": "balanced", "compat": "llmsknow"}, "the paper's fit, which has no weights"),
+        ({"class_weight": "balanced", "compat": "llmsknow"}, "the paper's fit, l2 without weights"),
     ],
 )
 def test_bad_weights_are_refused(arguments, sentence):
