@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -19,8 +19,14 @@ import xarray as xr
 from hiddenlake.cache.errors import BadInputError, IdentityError, ProbeError, StoreError
 from hiddenlake.cache.exchange.tensor_file import TensorFile, header
 
+if TYPE_CHECKING:
+    from hiddenlake.cache.store.reader import Capture
+
 # What says of which texts an identity speaks, and not of which numbers a text gives.
 _OF_TEXTS = ("task", "judge", "decoding")
+
+# Rows that are scored at a time: of a width of 8192, 400 MB as they are read and widened.
+_BLOCK = 4096
 
 _HEADER = "hiddenlake.probe"
 _FORMAT = 1
@@ -144,16 +150,8 @@ def score_capture(probe: Probe, capture: Any, force: bool = False) -> xr.Dataset
     from hiddenlake.cache.store.reader import Capture, open_capture
 
     capture = capture if isinstance(capture, Capture) else open_capture(capture)
+    score = score_rows(probe, capture, np.arange(len(capture)), force)
     differs = different_fields(probe.identity, capture.identity)
-    if differs and not force:
-        raise IdentityError(
-            f"{capture.path} holds activations of another identity than the probe was trained on: {', '.join(differs)} "
-            f"differ: score a capture of the same model, or force it"
-        )
-    X = capture.read(probe.site, probe.layer, probe.position, dtype="float32")
-    there = np.isfinite(X).all(axis=1)
-    score = np.full(len(X), np.nan)
-    score[there] = probe.decision_function(X[there])
     probability = np.exp(-np.logaddexp(0.0, -score))
     return xr.Dataset(
         {"score": ("sample", score), "probability": ("sample", probability)},
@@ -164,6 +162,28 @@ def score_capture(probe: Probe, capture: Any, force: bool = False) -> xr.Dataset
             "differs": ", ".join(differs), "trained_on": str(probe.identity.get("task", "")),
         },
     )  # fmt: skip
+
+
+def score_rows(probe: Probe, capture: "Capture", rows: np.ndarray, force: bool = False) -> np.ndarray:
+    """Log-odds of some samples of a capture, (n,) float64, read a block at a time; NaN where the token is absent.
+
+    rows : (n,) int, in task order.  force : as in `score_capture`.
+
+    Raises IdentityError, and what reading does.
+    """
+    differs = different_fields(probe.identity, capture.identity)
+    if differs and not force:
+        raise IdentityError(
+            f"{capture.path} holds activations of another identity than the probe was trained on: {', '.join(differs)} "
+            f"differ: score a capture of the same model, or force it"
+        )
+    score = np.full(len(rows), np.nan)
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK].tolist()
+        X = capture.read(probe.site, probe.layer, probe.position, block, dtype="float32")
+        there = np.isfinite(X).all(axis=1)
+        score[start + np.flatnonzero(there)] = probe.decision_function(X[there])
+    return score
 
 
 def different_fields(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

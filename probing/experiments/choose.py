@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from hiddenlake.cache.errors import IdentityError
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.probing.experiments.choices import at_random, by_majority, by_score, mean_intervals
 from hiddenlake.probing.experiments.error_types import together, typed
@@ -21,16 +20,13 @@ from hiddenlake.probing.experiments.nested import DEFAULT, Settings, design_of, 
 from hiddenlake.probing.experiments.resamples import read_resamples
 from hiddenlake.probing.experiments.table import Table, interval
 from hiddenlake.probing.grid import best_cell
-from hiddenlake.probing.probe import Probe, different_fields
+from hiddenlake.probing.probe import score_rows
 from hiddenlake.probing.selection import Selection, select
 from hiddenlake.probing.sweep import Progress
 from hiddenlake.probing.train import fit_probe
 
 # Types with fewer questions are not shown, as in the paper.
 MIN_QUESTIONS = 30
-
-# Rows that are scored at a time: 64 MB of a width of 4096.
-_BLOCK = 4096
 
 
 def layers_of(
@@ -111,22 +107,6 @@ def choose(
         "interval": "95 %, bootstrap of whole groups of questions", **asdict(settings),
     }  # fmt: skip
     return Table(rows, facts, _notes(facts))
-
-
-def score_rows(probe: Probe, capture: Capture, rows: np.ndarray) -> np.ndarray:
-    """Log-odds of some samples of a capture, a block at a time; NaN where the token is absent.
-
-    rows : (n,) int, in task order. Raises IdentityError where the activations are other numbers.
-    """
-    if differs := different_fields(probe.identity, capture.identity):
-        raise IdentityError(f"{capture.path}: {', '.join(differs)} differ from what the probe was trained on")
-    score = np.full(len(rows), np.nan)
-    for start in range(0, len(rows), _BLOCK):
-        block = rows[start : start + _BLOCK]
-        X = capture.read(probe.site, probe.layer, probe.position, block.tolist(), dtype="float32")
-        there = np.isfinite(X).all(axis=1)
-        score[start + np.flatnonzero(there)] = probe.decision_function(X[there])
-    return score
 
 
 def _folds(data: xr.Dataset, site: str, position: str, settings: Settings) -> tuple[Selection, Any]:

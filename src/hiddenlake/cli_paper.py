@@ -214,6 +214,37 @@ def choose_command(
     _show(table, place.table(f"choose-{site}" + (f"-{compat}" if compat else "")), as_json)
 
 
+@app.command("transfer")
+def transfer_command(
+    captures: Annotated[
+        list[str], typer.Argument(help="Captures of several tasks by one model, as the other commands made them.")
+    ],
+    out: Out = Path("paper"),
+    site: Site = "mlp_out",
+    choose: Annotated[
+        str, typer.Option(help="Whose best cell: `train`, or `target`, which is optimistic, and the paper's.")
+    ] = "train",
+    compat: Compat = None,
+    as_json: Json = False,
+) -> None:
+    """Train on one task, test on another, for all pairs, against the model's own confidence: the paper's figure 3."""
+    from hiddenlake.cache.progress import counted
+    from hiddenlake.cache.store.reader import open_capture
+    from hiddenlake.probing.experiments.places import Place
+    from hiddenlake.probing.experiments.transfer import transfer
+    from hiddenlake.probing.experiments.transfer_plot import draw_transfer
+
+    _check_compat(compat)
+    with counted(f"probing {site}") as progress:
+        table = transfer(
+            [open_capture(path) for path in captures], site, choose=choose, compat=compat, progress=progress
+        )
+    model = str(table.facts["model"]).replace("/", "-")
+    place, kind = Place(out, f"transfer-{model}"), f"{site}-{choose}" + (f"-{compat}" if compat else "")
+    _show(table, place.table(kind), as_json)
+    talk(str(draw_transfer(table, place.picture(kind))))
+
+
 def _check_compat(compat: str | None) -> None:
     if compat not in (None, "llmsknow"):
         raise BadInputError(f"--compat {compat!r} does not exist: expected `llmsknow`")

@@ -48,7 +48,7 @@ def _sample(data: xr.Dataset, i: int) -> Sample:
     prompt, total = int(at.prompt_length), int(at.total_length)
     exact = at.exact_answer.item()  # xarray has NaN for None
     return Sample(
-        str(at.sample.item()), int(at["index"]), int(at["sample_index"]), str(at.group.item()), "prompt", "answer",
+        str(at.sample.item()), int(at["index"]), int(at["sample_index"]), str(at.group.item()), f"prompt of {at.group.item()}", "answer",
         tuple(at.answers.item()), bool(at.correct), exact if isinstance(exact, str) else None, bool(at.exact_answer_valid),
         tuple(range(total)), (-0.5,) * (total - prompt), prompt, total, "stop", tuple(at.token_index.values.tolist()),
     )  # fmt: skip

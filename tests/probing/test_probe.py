@@ -7,8 +7,9 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from hiddenlake.cache.errors import BadInputError, IdentityError, ProbeError, StoreError
+from hiddenlake.probing import probe as module
 from hiddenlake.probing.grid import fit_grid
-from hiddenlake.probing.probe import Probe, different_fields, load_probe, score_capture
+from hiddenlake.probing.probe import Probe, different_fields, load_probe, score_capture, score_rows
 from hiddenlake.probing.train import fit_probe
 
 
@@ -146,6 +147,17 @@ def test_a_capture_is_scored_sample_by_sample(stored):
     np.testing.assert_allclose(found.score.values[there], X[there].astype(np.float64) @ probe.coef + 0.3)
     np.testing.assert_allclose(found.probability.values[there], 1 / (1 + np.exp(-found.score.values[there])))
     assert found.score.isnull().values.tolist() == (~there).tolist() and not found.attrs["forced"]
+
+
+def test_blocks_and_rows_change_nothing(stored, monkeypatch):
+    layer, position = int(stored.dataset().layer[0]), str(stored.dataset().position.values[0])
+    width = stored.read("resid_post", layer, position).shape[1]
+    probe = Probe(
+        np.arange(width, dtype=float), 0.3, "resid_post", layer, position, "correct", "wrong", dict(stored.identity)
+    )
+    whole = score_capture(probe, stored).score.values
+    monkeypatch.setattr(module, "_BLOCK", 2)
+    np.testing.assert_allclose(score_rows(probe, stored, np.array([5, 0, 3, 1, 3])), whole[[5, 0, 3, 1, 3]], rtol=1e-12)
 
 
 def test_a_capture_of_another_identity_is_refused_unless_forced(stored):

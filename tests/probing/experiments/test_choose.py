@@ -6,10 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hiddenlake.cache.errors import IdentityError
 from hiddenlake.probing.experiments import choose as module
 from hiddenlake.probing.experiments.choices import at_random, by_majority, by_score, mean_intervals
-from hiddenlake.probing.experiments.choose import choose, layers_of, score_rows
+from hiddenlake.probing.experiments.choose import choose, layers_of
 from hiddenlake.probing.experiments.resamples import read_resamples
 from hiddenlake.probing.experiments.taxonomy import Tally
 from hiddenlake.probing.train import fit_probe
@@ -97,21 +96,6 @@ def test_no_question_is_on_both_sides(greedy, drawn, monkeypatch):
     assert len(trained) == len(scored) == 5 and set.union(*scored) == set(range(QUESTIONS))
     for seen, asked in zip(trained, scored, strict=True):
         assert not seen & asked and not {i // 2 for i in seen} & {i // 2 for i in asked}
-
-
-def test_blocks_change_nothing_and_other_models_are_refused(greedy, drawn, monkeypatch):
-    probe = fit_probe(greedy, "mlp_out", 1, "exact_answer_last")
-    rows = np.array([5, 3, 600, 2])
-    whole = score_rows(probe, drawn, rows)
-    monkeypatch.setattr(module, "_BLOCK", 3)
-    np.testing.assert_allclose(score_rows(probe, drawn, rows), whole, rtol=1e-12)
-    X = drawn.read("mlp_out", 1, "exact_answer_last", dtype="float32")[rows]
-    there = np.isfinite(X).all(axis=1)
-    assert np.isnan(whole).tolist() == (~there).tolist()
-    np.testing.assert_allclose(whole[there], X[there].astype(float) @ probe.coef + probe.intercept)
-    probe.identity["weights"] = "others"
-    with pytest.raises(IdentityError, match="weights differ"):
-        score_rows(probe, drawn, rows)
 
 
 def test_the_papers_selection_is_said(greedy, drawn):
