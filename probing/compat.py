@@ -91,7 +91,7 @@ def fit_llmsknow(
         mask = np.stack([np.isfinite(cells.read(0, p)).all(axis=1) for p in range(len(cells.positions))])
     mask, borrow = _last_token_instead(cells.positions.tolist(), mask, used)
 
-    def fit(X: np.ndarray, rows: np.ndarray) -> tuple[Cell, dict[str, float]]:
+    def fit(X: np.ndarray, rows: np.ndarray, _: int) -> tuple[Cell, dict[str, float]]:
         order = np.argsort(place[rows])
         rows = rows[order]
         # Float32, as the paper's rows are: widened exactly where they are stored in less.

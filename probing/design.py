@@ -42,14 +42,16 @@ def solver_of(name: str, l1_ratio: float) -> Solver:
 class Design:
     """What is the same in every cell of a grid.
 
-    labels : (L, sample) bool, the real labels first.  fold : (sample,) int, the fold that holds a sample out, -1 for
+    labels : (L, sample) bool, the real labels first, then shuffles.  others : (S, position, sample) bool, label sets that
+    each position has of its own, fitted beside them.  fold : (sample,) int, the fold that holds a sample out, -1 for
     those that are left out.  order : (sample,) int, the samples by their names.
     C : (C,).  group : (sample,) int where groups repeat, which asks for the grouped bootstrap, or None.
-    sample_weight : (sample,) float64, what each counts in a fit.  class_weight : as in fit_probes.
+    sample_weight : (sample,) float64, what each counts in a fit.  class_weight, nested : as in fit_probes.
     l1_ratio : the share of the penalty that is l1.
     """
 
     labels: np.ndarray
+    others: np.ndarray
     fold: np.ndarray
     order: np.ndarray
     n_folds: int
@@ -62,6 +64,7 @@ class Design:
     sample_weight: np.ndarray
     class_weight: ClassWeight
     l1_ratio: float
+    nested: bool
 
     def __post_init__(self) -> None:
         solver_of(self.solver, self.l1_ratio)
@@ -70,6 +73,12 @@ class Design:
         if not self.tol > 0:
             raise ProbeError(f"tol is {self.tol}: expected a number above 0, e.g. 1e-6")
         check_class_weight(self.class_weight)
+        if self.nested and self.n_folds < 3:
+            raise ProbeError(f"cv is {self.n_folds}: a nested choice needs 3 folds or more, or nested=False")
+
+    def label_sets(self, position: int) -> np.ndarray:
+        """(L + S, sample) bool, of the cells at a position, by its number."""
+        return np.concatenate([self.labels, self.others[:, position]]) if len(self.others) else self.labels
 
     @property
     def interval(self) -> str:
@@ -100,6 +109,8 @@ def make_design(
     class_weight: ClassWeight = None,
     penalty: str = "l2",
     l1_ratio: float | None = None,
+    nested: bool = False,
+    others: np.ndarray | None = None,
 ) -> Design:
     """Folds and shuffles of the samples that are kept.
 
@@ -118,6 +129,7 @@ def make_design(
         )
     design = Design(
         labels=np.zeros((1 + shuffles, n), bool),
+        others=np.zeros((0, 0, n), bool) if others is None else others,
         fold=np.full(n, -1),
         # Sums are rounded in the order of the samples: by their names, it is the same whatever order they arrived in.
         order=np.argsort(names.astype(str), kind="stable"),
@@ -131,6 +143,7 @@ def make_design(
         sample_weight=check_sample_weight(np.ones(n) if sample_weight is None else sample_weight, positive, kept),
         class_weight=class_weight,
         l1_ratio=check_penalty(penalty, l1_ratio),
+        nested=nested,
     )
     design.fold[kept] = make_folds(positive[kept], n_folds=cv, groups=groups[kept], seed=seed)
     design.labels[0] = positive

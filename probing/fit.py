@@ -1,6 +1,6 @@
 """fit_probes: activations and labels in, a Dataset of certified probes out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xarray as xr
@@ -33,6 +33,8 @@ def fit_probes(
     solver: str = "auto",
     tol: float = 1e-6,
     shuffles: int = 1,
+    others: Mapping[str, np.ndarray] | None = None,
+    nested: bool = False,
     seed: int = 0,
     compat: str | None = None,
     progress: Progress | None = None,
@@ -60,6 +62,9 @@ def fit_probes(
         intercept is free.
     tol : a probe has converged when gap_bound <= tol * objective.
     shuffles : how many permutations of the labels are fitted beside them.
+    others : name -> (position, sample) or (sample,) bool, label sets that are fitted beside the labels, in the same folds.
+    nested : also fit the labels with every two folds left out, for a choice of cells by inner folds
+        (inference.nested_choice). Twice the work, or less beside shuffles or several C.
     compat : `llmsknow` fits the probe of "LLMs Know More Than They Show" to the letter and takes C, cv,
         groups, scale, solver and shuffles from there (hiddenlake.probing.compat).
     progress : called with (cells done, cells in all).
@@ -70,7 +75,8 @@ def fit_probes(
     probabilities together (`classification.METRICS`: auprc, base_rate, accuracy, ...), shuffled_auc,
     objective (mean over folds), gap_bound, relative_gap (gap_bound / objective) and n_iter (each the largest
     over folds and label sets) and converged (all of them). Over (layer, position, C, fold, label_set): fold_auc,
-    fold_objective, fold_gap_bound, fold_n_iter, fold_converged. Over (layer, position): n, n_positive,
+    fold_objective, fold_gap_bound, fold_n_iter, fold_converged. Over (layer, position, C, fold): fold_variance of the
+    labels' fold_auc and, if nested, inner_auc, the mean AUC of the other folds without this one. Over (layer, position): n, n_positive,
     n_negative and reason. A cell with too few samples is NaN, and `reason` says why.
 
     Raises ProbeError when the samples cannot be split at all, UnknownNameError for an unknown `compat`.
@@ -91,14 +97,15 @@ def fit_probes(
     design = make_design(
         positive, kept=kept, names=names, groups=group_names, C=C, cv=cv, scale=scale, solver=solver, tol=tol,
         shuffles=shuffles, seed=seed, sample_weight=sample_weight, class_weight=class_weight,
-        penalty=penalty, l1_ratio=l1_ratio,
+        penalty=penalty, l1_ratio=l1_ratio, nested=nested,
+        others=_others(others, cells),
     )  # fmt: skip
 
-    def fit(X: np.ndarray, rows: np.ndarray) -> Cell:
-        return fit_cell(X, rows, design)
+    def fit(X: np.ndarray, rows: np.ndarray, position: int) -> Cell:
+        return fit_cell(X, rows, design, position)
 
     fitted = sweep(cells, mask, kept, fit, order=design.order, progress=progress)
-    result = assemble(cells, fitted, C=design.C, n_folds=cv, n_shuffles=shuffles)
+    result = assemble(cells, fitted, C=design.C, n_folds=cv, n_shuffles=shuffles, others=tuple(others or ()), tol=tol)
     result.attrs = {
         "cv": cv,
         "C": design.C.tolist(),
@@ -123,6 +130,14 @@ def _one_per_sample(values: Sequence | np.ndarray, n: int, name: str) -> np.ndar
     if values.shape != (n,):
         raise ProbeError(f"{name} has the shape {values.shape}: expected one value for each of the {n} samples")
     return values
+
+
+def _others(others: Mapping[str, np.ndarray] | None, cells: Cells) -> np.ndarray | None:
+    """(S, position, sample)."""
+    if not others:
+        return None
+    sets = [values if np.ndim(values) == 2 else np.asarray(values)[None] for values in others.values()]
+    return np.stack([np.broadcast_to(np.asarray(one, bool), (len(cells.positions), cells.n_samples)) for one in sets])
 
 
 def _mask(mask: xr.DataArray | np.ndarray | None, cells: Cells) -> np.ndarray | None:

@@ -10,13 +10,13 @@ import xarray as xr
 from hiddenlake.cache.errors import ProbeError
 from hiddenlake.probing.compat import MAX_TOKENS
 from hiddenlake.probing.fit import fit_probes
-from hiddenlake.probing.inference import false_discovery_rate, max_t
+from hiddenlake.probing.inference import false_discovery_rate, max_t, nested_choice
 from hiddenlake.probing.saving import open_grid, save_grid
 from hiddenlake.probing.selection import Selection, select
 from hiddenlake.probing.sweep import Progress
 from hiddenlake.probing.weights import ClassWeight
 
-__all__ = ["BestCell", "at_one_C", "best_cell", "cross_selected_auc", "fit_grid", "open_grid", "save_grid"]
+__all__ = ["BestCell", "at_one_C", "best_cell", "fit_grid", "open_grid", "save_grid"]
 
 
 def fit_grid(
@@ -36,6 +36,7 @@ def fit_grid(
     solver: str = "auto",
     tol: float = 1e-6,
     shuffles: int = 1,
+    nested: bool = True,
     seed: int = 0,
     compat: str | None = None,
     progress: Progress | None = None,
@@ -58,7 +59,9 @@ def fit_grid(
     share of the class that is in the cell (kept_share_correct, ...). Over (position, C): token_auc,
     token_auc_lo, token_auc_hi, the same probe on `embed`, which knows the token and nothing else. With shuffles, over
     (layer, position, C): q, the false discovery rate at which a cell is above chance. attrs say what was fitted, the
-    best cell, and what being the best of many is worth: with shuffles its p-value, max_t_p (hiddenlake.probing.inference).
+    best cell, and what being the best of many is worth: nested_auc, nested_auc_lo, nested_auc_hi, where layer, position and C
+    are chosen on inner folds (nested_layers, nested_positions, nested_C of each fold), and with shuffles the best cell's
+    p-value, max_t_p (hiddenlake.probing.inference).
 
     Raises ProbeError, UnknownNameError.
     """
@@ -90,6 +93,7 @@ def fit_grid(
         data[chosen.site],
         chosen.positive,
         shuffles=shuffles,
+        nested=nested,
         progress=progress and (lambda done, _: progress(done, n_cells)),
         **shared,
     )
@@ -158,19 +162,6 @@ def at_one_C(grid: xr.Dataset) -> xr.Dataset:
     return grid.isel(C=0) if grid.sizes["C"] == 1 else grid.sel(C=best_cell(grid).C)
 
 
-def cross_selected_auc(grid: xr.Dataset) -> float:
-    """Mean over folds of the AUC in the cell that the other folds chose: the best cell without its own luck.
-
-    NaN with fewer than two folds, or when no cell was fitted.
-    """
-    auc = grid.fold_auc.isel(label_set=0).transpose("fold", ...).values.reshape(grid.sizes["fold"], -1)
-    auc = auc[:, np.isfinite(auc).all(axis=0)]
-    if len(auc) < 2 or not auc.shape[1]:
-        return float("nan")
-    others = auc.sum(axis=0) - auc
-    return float(np.mean([fold[chosen] for fold, chosen in zip(auc, others.argmax(axis=1), strict=True)]))
-
-
 def _note_best(grid: xr.Dataset) -> None:
     n_cells = int(grid.auc.notnull().sum())
     grid.attrs["n_cells"] = n_cells
@@ -178,7 +169,7 @@ def _note_best(grid: xr.Dataset) -> None:
         grid.attrs["note"] = "no cell was fitted: see `reason`"
         return
     best = best_cell(grid)
-    selected = cross_selected_auc(grid)
+    nested = nested_choice(grid)
     grid.attrs |= {
         "best_layer": best.layer,
         "best_position": best.position,
@@ -190,9 +181,13 @@ def _note_best(grid: xr.Dataset) -> None:
         "n_not_converged": n_cells - int(grid.converged.sum()),
     }
     note = f"The best of {n_cells} cells is biased upwards, and its interval does not count the choice"
-    if np.isfinite(selected):
-        grid.attrs["cross_selected_auc"] = selected
-        note += f"; chosen on the other folds, the AUC is {selected:.3f}"
+    if nested is not None:
+        grid.attrs |= {f"nested_{name}": getattr(nested, name) for name in ("auc", "auc_lo", "auc_hi")}
+        grid.attrs |= {f"nested_{name}": list(getattr(nested, name)) for name in ("layers", "positions", "C")}
+        note += (
+            f"; chosen on inner folds, the AUC is {nested.auc:.3f} (95 % {nested.auc_lo:.3f} to {nested.auc_hi:.3f}) on "
+            f"data that the choice never saw"
+        )
     if "shuffled_auc" in grid:
         grid["q"] = false_discovery_rate(grid)
         grid.attrs |= {"max_shuffled_auc": float(grid.shuffled_auc.max()), "max_t_p": max_t(grid)}

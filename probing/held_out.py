@@ -56,7 +56,7 @@ def held_out(
     if len(design.C) != 1:
         raise ProbeError(f"C is {design.C.tolist()}: the scores are those of one probe, name one number")
 
-    def fit(X: np.ndarray, rows: np.ndarray) -> xr.Dataset:
+    def fit(X: np.ndarray, rows: np.ndarray, _: int) -> xr.Dataset:
         if reason := too_few(design.labels[0, rows], design.fold[rows], cv):
             raise ProbeError(f"layer {layer}, {position}: {reason}")
         solved = solve_cell(X, rows, design)

@@ -178,8 +178,11 @@ def _facts(grid: xr.Dataset, best: BestCell, values: xr.DataArray, metric: str) 
         f"Best of {int(fitted.sum())} cells, and so biased upwards: layer {best.layer}, {best.position}, AUC "
         f"{best.auc:.3f} (95\u00a0% {best.auc_lo:.3f} to {best.auc_hi:.3f}, {scored}).",
     ]
-    if "cross_selected_auc" in attrs:
-        words.append(f"Chosen on the other folds: {attrs['cross_selected_auc']:.3f}.")
+    if "nested_auc" in attrs:
+        words.append(
+            f"Chosen on inner folds: {attrs['nested_auc']:.3f} (95\u00a0% {attrs['nested_auc_lo']:.3f} to "
+            f"{attrs['nested_auc_hi']:.3f})."
+        )
     if "token_auc" in grid:
         words.append(f"Token identity alone (embed) at that token: {float(here.token_auc):.3f}.")
     if "shuffled_auc" in grid:

@@ -38,7 +38,7 @@ def sweep(
     cells: Cells,
     mask: np.ndarray | None,
     kept: np.ndarray,
-    fit: Callable[[np.ndarray, np.ndarray], Result],
+    fit: Callable[[np.ndarray, np.ndarray, int], Result],
     *,
     order: np.ndarray | None = None,
     borrow: dict[int, tuple[int, np.ndarray]] | None = None,
@@ -47,8 +47,8 @@ def sweep(
     """Read and fit every cell, on as many threads as there are cores, BLAS on one thread each.
 
     mask : (position, sample) bool, or None for whatever is finite.  kept : (sample,) bool.
-    fit : called with X (n, hidden) of the cells' dtype, which it must not keep, and rows (n,) int, the samples that X
-        holds.
+    fit : called with X (n, hidden) of the cells' dtype, which it must not keep, rows (n,) int, the samples that X holds,
+        and the number of the position.
     order : (sample,) int, the order in which `fit` gets the samples; their own by default.
     borrow : for a position's number, another position's and the samples, (sample,) bool, that take their
         activations from there. The mask counts them already.
@@ -88,7 +88,11 @@ def sweep(
                 while waiting and buffers:
                     cell, buffer = waiting.pop(), buffers.pop()
                     loaded = reader.submit(load, *cell, buffer)
-                    running[pool.submit(lambda loaded: fit(*loaded.result()), loaded)] = cell, buffer, loaded
+                    running[pool.submit(lambda loaded, position: fit(*loaded.result(), position), loaded, cell[1])] = (
+                        cell,
+                        buffer,
+                        loaded,
+                    )
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     cell, buffer, _ = running.pop(future)
                     buffers.append(buffer)

@@ -87,10 +87,16 @@ def detect(
     design = design_of(chosen, settings)
     wrong = chosen.positive
     rows = [
-        _row(name, "exact answer" if name.endswith("exact") else "answer", fold_auc(-values, wrong, design))
+        _row(
+            name,
+            "exact answer" if name.endswith("exact") else "answer",
+            fold_auc(-values, wrong, design, trained=False),
+        )
         for name, values in confidence_of(data).items()
     ]
-    rows += _p_true_rows({way: fold_auc(-odds[usable], wrong, design) for way, odds in (p_true or {}).items()})
+    rows += _p_true_rows(
+        {way: fold_auc(-odds[usable], wrong, design, trained=False) for way, odds in (p_true or {}).items()}
+    )
     grids = inner_grids(chosen, design, settings, progress)
     gap = 0.0
     for p, position in enumerate(positions):

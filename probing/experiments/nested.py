@@ -118,7 +118,7 @@ def held_out_scores(
     for layer, position in dict.fromkeys(cells):
 
         def fit(
-            X: np.ndarray, rows: np.ndarray, at: At = (layer, position)
+            X: np.ndarray, rows: np.ndarray, _: int, at: At = (layer, position)
         ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             if reason := too_few(own.labels[0, rows], own.fold[rows], own.n_folds):
                 raise ProbeError(f"layer {at[0]}, {at[1]}: {reason}")
@@ -127,7 +127,7 @@ def held_out_scores(
             judged = judge(solved, X)
             found[rows] = judged.score[:, 0]
             gap = np.full(own.n_folds, np.nan)
-            gap[solved.held] = solved.solution.gap_bound / solved.solution.objective
+            gap[solved.mask] = solved.solution.gap_bound / solved.solution.objective
             return found, gap, np.stack([judged.certified_lo[:, 0], judged.certified_hi[:, 0]])
 
         number = positions.index(position)
@@ -143,10 +143,11 @@ def held_out_scores(
     return HeldOut(score, tuple(cells), max(gaps), max(gaps) <= design.tol, (lo, hi))
 
 
-def fold_auc(score: np.ndarray, positive: np.ndarray, design: Design) -> FoldAuc:
+def fold_auc(score: np.ndarray, positive: np.ndarray, design: Design, trained: bool = True) -> FoldAuc:
     """How well scores rank the samples of each fold: scores of two folds may be of two probes, and are never compared.
 
     score : (sample,), higher for the positive class; samples that are NaN are left out.  positive : (sample,) bool.
+    trained : whether the scores are of probes that were trained on the other folds, see `delong_interval`.
 
     The interval is DeLong's over folds, or the bootstrap of whole groups where groups repeat.
     """
@@ -157,7 +158,7 @@ def fold_auc(score: np.ndarray, positive: np.ndarray, design: Design) -> FoldAuc
         return FoldAuc(np.nan, np.nan, np.nan, *counts, reason)
     inside = fold[:, None] == np.arange(design.n_folds)
     measured = auroc(np.broadcast_to(s[:, None], inside.shape), np.broadcast_to(y[:, None], inside.shape), inside)
-    lo, hi = delong_interval(measured.auc, measured.variance)
+    lo, hi = delong_interval(measured.auc, measured.variance, trained)
     if design.group is not None:
-        lo, hi = bootstrap_interval(s, y, fold, design.group[use], seed=design.seed)
+        lo, hi = bootstrap_interval(s, y, fold, design.group[use], seed=design.seed, trained=trained)
     return FoldAuc(float(measured.auc.mean()), float(lo), float(hi), *counts)

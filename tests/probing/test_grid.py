@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from hiddenlake.cache.errors import BadInputError, ProbeError, StoreError, UnknownNameError
-from hiddenlake.probing.grid import best_cell, cross_selected_auc, fit_grid, open_grid, save_grid
+from hiddenlake.probing.grid import best_cell, fit_grid, open_grid, save_grid
 from hiddenlake.probing.reference import compare_to_csv, read_reference
 
 
@@ -32,12 +32,21 @@ def test_a_planted_signal_is_found_and_shuffles_find_nothing(grid):
     assert grid.converged.all() and grid.attrs["n_not_converged"] == 0 and grid.attrs["max_relative_gap"] <= 1e-6
 
 
-def test_noise_has_a_best_cell_that_another_choice_takes_back(make_capture):
-    grid = fit_grid(make_capture(n=150, n_layers=8, signal=None), "mlp_out")
+def test_noise_has_a_best_cell_that_a_nested_choice_takes_back(make_capture):
+    capture = make_capture(n=150, n_layers=8, signal=None)
+    grid = fit_grid(capture, "mlp_out")
     assert best_cell(grid).auc > 0.57
-    assert grid.attrs["cross_selected_auc"] < best_cell(grid).auc - 0.05
+    assert grid.attrs["nested_auc"] < best_cell(grid).auc - 0.05
+    assert grid.attrs["nested_auc_lo"] < 0.5 < grid.attrs["nested_auc_hi"]
     assert "biased upwards" in grid.attrs["note"] and f"best of {grid.attrs['n_cells']}" in grid.attrs["note"]
-    assert cross_selected_auc(grid) == grid.attrs["cross_selected_auc"]
+    without = fit_grid(capture, "mlp_out", layers=[0], nested=False)
+    assert "nested_auc" not in without.attrs and "inner_auc" not in without
+
+
+def test_a_planted_signal_is_what_a_nested_choice_chooses(grid):
+    assert grid.attrs["nested_layers"] == [1] * 5 and grid.attrs["nested_positions"] == ["exact_answer_last"] * 5
+    assert grid.attrs["nested_auc"] == pytest.approx(best_cell(grid).auc)
+    assert grid.attrs["nested_auc_hi"] == pytest.approx(best_cell(grid).auc_hi)
 
 
 def test_a_cell_counts_what_lies_in_the_answer(capture, grid):

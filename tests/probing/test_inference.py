@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 import xarray as xr
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
 
+from hiddenlake.cache.errors import ProbeError
 from hiddenlake.probing.fit import fit_probes
-from hiddenlake.probing.inference import _benjamini_hochberg, false_discovery_rate, max_t, standardised
+from hiddenlake.probing.inference import _benjamini_hochberg, false_discovery_rate, max_t, nested_choice, standardised
+from hiddenlake.probing.splits import make_folds
 
 
 def grid_of(auc, n_positive, n_negative):
@@ -18,7 +23,12 @@ def grid_of(auc, n_positive, n_negative):
             "n_positive": (("layer", "position"), np.broadcast_to(n_positive, (layers, positions))),
             "n_negative": (("layer", "position"), np.broadcast_to(n_negative, (layers, positions))),
         },
-        coords={"layer": np.arange(layers), "position": [str(p) for p in range(positions)], "C": [0.1]},
+        coords={
+            "layer": np.arange(layers),
+            "position": [str(p) for p in range(positions)],
+            "C": [0.1],
+            "label_set": ["label", *(f"shuffled_{r}" for r in range(auc.shape[3] - 1))],
+        },
     )
 
 
@@ -91,3 +101,61 @@ def test_cells_without_probes_are_left_out():
     assert 0 < max_t(grid) <= 1
     q = false_discovery_rate(grid).isel(C=0)
     assert bool(q.isnull()[0, 1]) and int(q.isnull().sum()) == 1
+
+
+def test_a_nested_choice_is_that_of_scikit_learn_fold_by_fold():
+    rng = np.random.default_rng(6)
+    y = rng.random(160) < 0.4
+    X = rng.standard_normal((2, 2, 160, 5))
+    X[1, 0, :, 0] += 0.5 * y
+    X[0, 1, :, 0] += 0.5 * y
+    A = xr.DataArray(X, dims=("layer", "position", "sample", "hidden"), coords={"position": ["a", "b"]})
+    C = (0.003, 1.0)
+    grid = fit_probes(A, y, C=C, cv=4, nested=True, tol=1e-12, shuffles=2)
+    fold = make_folds(y, n_folds=4, groups=np.arange(160))
+
+    def auc(x, c, train, out):
+        scaler = StandardScaler().fit(x[train])
+        model = LogisticRegression(C=c, solver="newton-cholesky", tol=1e-12).fit(scaler.transform(x[train]), y[train])
+        return roc_auc_score(y[out], model.decision_function(scaler.transform(x[out])))
+
+    reported, chosen = [], []
+    for outer in range(4):
+        inner = {
+            (layer, position, c): np.mean(
+                [auc(X[layer, position], c, (fold != outer) & (fold != f), fold == f) for f in range(4) if f != outer]
+            )
+            for layer in range(2)
+            for position in range(2)
+            for c in C
+        }
+        for (layer, position, c), expected in inner.items():
+            found = grid.inner_auc.isel(layer=layer, position=position).sel(C=c, fold=outer)
+            assert float(found) == pytest.approx(expected, abs=1e-9)
+        chosen.append(max(inner, key=inner.get))
+        layer, position, c = chosen[-1]
+        reported.append(auc(X[layer, position], c, fold != outer, fold == outer))
+    found = nested_choice(grid)
+    assert list(zip(found.layers, found.positions, found.C, strict=True)) == [(i, "ab"[p], c) for i, p, c in chosen]
+    assert found.auc == pytest.approx(np.mean(reported)) and found.auc_lo < found.auc < found.auc_hi
+    assert nested_choice(fit_probes(A, y, cv=4)) is None
+
+
+def test_a_nested_choice_does_not_see_the_fold_that_it_is_scored_on():
+    rng = np.random.default_rng(7)
+    y = rng.random(120) < 0.5
+    A = xr.DataArray(rng.standard_normal((6, 120, 4)), dims=("layer", "sample", "hidden"))
+    one = fit_probes(A, y, cv=3, nested=True, tol=1e-12)
+    fold = make_folds(y, n_folds=3, groups=np.arange(120))
+    B = A.copy()
+    B[:, fold == 1] = rng.standard_normal((6, int((fold == 1).sum()), 4)) + 5 * y[fold == 1, None]
+    two = fit_probes(B, y, cv=3, nested=True, tol=1e-12)
+    # centring takes the mean of all rows, which moves roundings only
+    np.testing.assert_allclose(one.inner_auc.sel(fold=1), two.inner_auc.sel(fold=1), atol=1e-3)
+    assert not np.allclose(one.inner_auc.sel(fold=0), two.inner_auc.sel(fold=0), atol=0.05)
+
+
+def test_a_nested_choice_needs_three_folds():
+    A = xr.DataArray(np.random.default_rng(0).standard_normal((60, 4)), dims=("sample", "hidden"))
+    with pytest.raises(ProbeError, match="cv is 2: a nested choice needs 3 folds"):
+        fit_probes(A, np.arange(60) % 2 == 0, cv=2, nested=True)

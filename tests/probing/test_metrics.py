@@ -60,10 +60,14 @@ def test_one_sample_of_a_class_has_no_variance():
 
 
 def test_the_interval_of_several_folds():
-    low, high = delong_interval(np.array([[0.7, 0.8], [0.99, 1.0]]), np.array([[0.01, 0.03], [0.02, 0.02]]))
+    auc, variance = np.array([[0.7, 0.8], [0.99, 1.0]]), np.array([[0.01, 0.03], [0.02, 0.02]])
     half = 1.959964 * np.sqrt(0.04) / 2
+    low, high = delong_interval(auc, variance, trained=False)
     np.testing.assert_allclose([low[0], high[0]], [0.75 - half, 0.75 + half], rtol=1e-6)
     assert high[1] == 1.0
+    low, high = delong_interval(auc, variance)
+    np.testing.assert_allclose([low[0], high[0]], [0.75 - 2**0.5 * half, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(delong_interval(auc[0, :1], variance[0, :1]), [0.7 - 0.195996, 0.7 + 0.195996], rtol=1e-5)
 
 
 def test_bootstrap_of_single_samples_is_near_delong_and_groups_widen_it():

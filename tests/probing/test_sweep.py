@@ -32,7 +32,7 @@ def test_each_cell_is_given_its_rows(n, seed, masked, ordered):
     given_mask = mask.copy()
     given_mask[1] |= borrowed
     found = sweep(
-        Cells(xr.DataArray(values, dims=DIMS)), given_mask if masked else None, kept, lambda X, rows: (X.copy(), rows),
+        Cells(xr.DataArray(values, dims=DIMS)), given_mask if masked else None, kept, lambda X, rows, _: (X.copy(), rows),
         order=order if ordered else None, borrow={1: (2, borrowed)} if masked else None,
     )  # fmt: skip
     filled = values.copy()
@@ -72,7 +72,7 @@ def test_cells_are_read_ahead_and_never_too_many():
     lock, state = threading.Lock(), {"fitted": 0, "ahead": 0}
     full = threading.Event()
 
-    def fit(X, rows):
+    def fit(X, rows, _):
         # Whoever works waits until all memory is full: only a reader that works meanwhile can fill it.
         for _ in range(4000):
             if full.wait(0.005):
@@ -90,7 +90,7 @@ def test_cells_are_read_ahead_and_never_too_many():
 def test_an_error_of_a_read_ends_the_sweep():
     before = threading.active_count()
     with pytest.raises(OSError, match="the disk is gone"):
-        sweep(lazy(backend := Slow((50, 3, 4, 2), fails_at=5)), None, np.ones(4, bool), lambda X, rows: None)
+        sweep(lazy(backend := Slow((50, 3, 4, 2), fails_at=5)), None, np.ones(4, bool), lambda X, rows, _: None)
     assert threading.active_count() == before and backend.reads < 30
 
 
