@@ -70,7 +70,7 @@ def _column(p: np.ndarray, positive: np.ndarray) -> dict[str, float]:
         "recall_at_1_fpr": _ratio(int(allowed.max(initial=0)), n_positive) if both else np.nan,
         "log_loss": float(-np.log(inside).mean()),
         "brier": float(((p - positive) ** 2).mean()),
-        "ece": _calibration_error(sorted_p, sorted_positive, last),
+        "ece": _calibration_error(sorted_p, sorted_positive),
     }
 
 
@@ -78,10 +78,16 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _calibration_error(p: np.ndarray, positive: np.ndarray, last: np.ndarray) -> float:
-    """p, positive : sorted by p.  last : of each distinct p, which lies in one bin: that of its middle."""
+def equal_bins(p: np.ndarray) -> np.ndarray:
+    """The bin of each of (n,) sorted probabilities, (n,) int from 0: ten of as many samples as each other, but for ties,
+    which lie in one: that of their middle."""
+    last = np.flatnonzero(np.append(p[1:] != p[:-1], True))
     first = np.append(0, last[:-1] + 1)
     bins = ((first + last) / 2 / len(p) * _BINS).astype(int)
-    bins = np.repeat(bins, last - first + 1)
-    error = np.bincount(bins, p - positive, _BINS)
+    return np.repeat(bins, last - first + 1)
+
+
+def _calibration_error(p: np.ndarray, positive: np.ndarray) -> float:
+    """p, positive : sorted by p."""
+    error = np.bincount(equal_bins(p), p - positive, _BINS)
     return float(np.abs(error).sum() / len(p))

@@ -100,6 +100,15 @@ def delong_interval(auc: np.ndarray, variance: np.ndarray, trained: bool = True)
     return np.clip(mean - half, 0.0, 1.0), np.clip(mean + half, 0.0, 1.0)
 
 
+def proportion_interval(count: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval of a share, count of n, each (...,): that of Wilson (1927). Lower and upper bound, (...,)."""
+    count, n = np.asarray(count, np.float64), np.asarray(n, np.float64)
+    share, square = count / n, _Z95**2
+    middle = (share + square / (2 * n)) / (1 + square / n)
+    half = _Z95 / (1 + square / n) * np.sqrt(share * (1 - share) / n + square / (4 * n**2))
+    return np.clip(middle - half, 0.0, share), np.clip(middle + half, share, 1.0)
+
+
 def bootstrap_interval(
     scores: np.ndarray, positive: np.ndarray, fold: np.ndarray, group: np.ndarray, *, seed: int, trained: bool = True
 ) -> tuple[float, float]:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from hiddenlake.probing.metrics import auroc, bootstrap_interval, delong_interval
+from hiddenlake.probing.metrics import auroc, bootstrap_interval, delong_interval, proportion_interval
 
 
 @settings(max_examples=60)
@@ -89,3 +90,10 @@ def test_bootstrap_draws_groups_within_their_folds():
     s, y = np.r_[np.arange(20.0), np.arange(20.0)], np.tile(np.arange(20) >= 10, 2)
     fold = np.repeat([0, 1], 20)
     assert bootstrap_interval(s, y, fold, np.arange(40) // 2, seed=3) == (1.0, 1.0)
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    count, n = np.array([0, 1, 7, 50, 50]), np.array([1, 9, 7, 100, 1000])
+    low, high = proportion_interval(count, n)
+    for k, total, a, b in zip(count.tolist(), n.tolist(), low, high, strict=True):
+        assert (a, b) == pytest.approx(binomtest(k, total).proportion_ci(method="wilson"), abs=1e-12)
