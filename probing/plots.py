@@ -44,7 +44,7 @@ def draw_heatmap(grid: xr.Dataset, path: str | Path, metric: str = "auc") -> Pat
     )
     if metric not in there:
         raise UnknownNameError(f"the grid has no metric {metric!r}: it has {', '.join(there)}")
-    values = _in_column_order(grid[metric])
+    values = in_column_order(grid[metric])
     is_auc = metric.endswith("auc")
     figure, axes = _figure(values.shape, 1)
     _panel(axes[0], values, cmap="Blues", low=0.5 if is_auc else 0.0, high=1.0, bar=_metric_name(metric))
@@ -65,7 +65,7 @@ def draw_comparison(grid: xr.Dataset, reference_csv: str | Path, path: str | Pat
     """
     path = _picture(path)
     both = compare_to_csv(grid, reference_csv)
-    ours, published, difference = (_in_column_order(both[v]) for v in ("auc", "reference", "difference"))
+    ours, published, difference = (in_column_order(both[v]) for v in ("auc", "reference", "difference"))
     shared = np.isfinite(difference.values)
     if not shared.any():
         raise BadInputError(f"{reference_csv} and the grid share no cell: expected layers and positions of both")
@@ -216,7 +216,7 @@ def _split(grid: xr.Dataset) -> str:
     )
 
 
-def _in_column_order(values: xr.DataArray) -> xr.DataArray:
+def in_column_order(values: xr.DataArray) -> xr.DataArray:
     """The paper's columns in the paper's order, then the others in their own."""
     positions = [str(p) for p in values.position.values]
     ordered = sorted(positions, key=lambda p: PAPER.index(p) if p in PAPER else len(PAPER))

@@ -33,6 +33,7 @@ _WHERE = {
     "save_grid": "hiddenlake.probing.grid",
     "best_cell": "hiddenlake.probing.grid",
     "draw_heatmap": "hiddenlake.probing.plots",
+    "write_report": "hiddenlake.probing.report.page",
     "Sampling": "hiddenlake.cache.identity",
     "load_task": "hiddenlake.probing.tasks.registry",
     "demo_model": "hiddenlake.cache.demo_model",

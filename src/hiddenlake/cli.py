@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hiddenlake import cli_exchange, cli_lake, cli_paper
+from hiddenlake import cli_exchange, cli_lake, cli_paper, cli_report
 from hiddenlake.cache.errors import BadInputError, HiddenlakeError
 from hiddenlake.cli_output import (
     EXIT_FAILED_SAMPLES,
@@ -402,6 +402,7 @@ def demo_command(
 
 app.add_typer(cli_lake.app)
 app.add_typer(cli_exchange.app)
+app.add_typer(cli_report.app)
 app.add_typer(cli_paper.app, name="paper")
 
 if __name__ == "__main__":

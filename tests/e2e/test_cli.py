@@ -107,6 +107,20 @@ def test_probe_and_heatmap(lake, tmp_path):
     assert (tmp_path / "both.png").stat().st_size > 5000
 
 
+def test_report(lake, tmp_path):
+    pytest.importorskip("plotly")
+    grid, page = tmp_path / "mlp_out.zarr", tmp_path / "page.html"
+    run("probe", lake / "letters", "--site", "mlp_out", "--cv", 2, "--out", grid)
+    assert run("report", lake / "letters", "--grid", grid, "--out", page)[0].strip() == str(page)
+    best = float(hiddenlake.open_grid(grid).auc.max())
+    assert f"with AUC {best:.3f} (95" in page.read_text("utf-8")
+    assert "give one of them" in run("report", lake / "letters", "--grid", grid, "--sites", "mlp_out", status=1)[1]
+    out, talk = run("report", lake / "letters", "--sites", "resid_post", "--out", tmp_path / "fitted.html")
+    # Three layers and the embedding, of the paper's 15 tokens.
+    assert "fitting resid_post, 60 cells each" in talk and "60 samples" in talk
+    assert "resid_post" in Path(out.strip()).read_text("utf-8")
+
+
 def test_flipped_byte_is_named_and_never_read(lake, tmp_path):
     import shutil
 

@@ -17,7 +17,7 @@ def python(script: str) -> str:
 
 
 def test_import_hiddenlake_loads_nothing_heavy() -> None:
-    heavy = ("torch", "vllm", "transformers", "zarr", "xarray", "sklearn", "scipy", "matplotlib", "pyarrow")
+    heavy = ("torch", "vllm", "transformers", "zarr", "xarray", "sklearn", "scipy", "matplotlib", "pyarrow", "plotly", "jinja2")
     assert python(f"import sys, hiddenlake; print([name for name in {heavy} if name in sys.modules])") == "[]"
 
 
