@@ -17,7 +17,7 @@ CONTROLS = {
 }
 # Attributes that stand elsewhere on the page, or say where a file lay.
 _ELSEWHERE = (
-    "best_", "model", "task", "capture", "identity", "note", "n_cells", "n_samples", "max_", "cross_", "nested_",
+    "best_", "model", "task", "capture", "identity", "note", "n_cells", "n_samples", "max_", "nested_",
 )  # fmt: skip
 _DISCOVERY = 0.05  # the share of false discoveries among the cells that are counted
 
@@ -49,7 +49,7 @@ def with_interval(auc: float, low: float, high: float) -> str:
 def control_names(grid: xr.Dataset) -> list[str]:
     """The controls of a grid, by the name before `_auc`: of each cell, or of each token."""
     there = [str(name).removesuffix("_auc") for name in grid.data_vars if str(name).endswith("_auc")]
-    found = [name for name in there if {"position", "C"} <= set(grid[f"{name}_auc"].dims) and name != "fold"]
+    found = [name for name in there if {"position", "C"} <= set(grid[f"{name}_auc"].dims) <= {"layer", "position", "C"}]
     return sorted(found, key=lambda name: (list(CONTROLS).index(name) if name in CONTROLS else len(CONTROLS), name))
 
 
@@ -65,6 +65,8 @@ def arguments(grid: xr.Dataset) -> dict[str, Any]:
     given = {"label": attrs["label"], "groups": None if attrs["groups"] == "question" else attrs["groups"]}
     given |= {"cv": int(attrs["cv"]), "scale": attrs["scale"], "solver": attrs["solver"], "tol": float(attrs["tol"])}
     given["seed"] = int(attrs["seed"])
+    if l1_ratio := float(attrs.get("l1_ratio", 0.0)):
+        given |= {"penalty": "l1"} if l1_ratio == 1.0 else {"penalty": "elasticnet", "l1_ratio": l1_ratio}
     if weight != "none":
         given["class_weight"] = weight if weight == "balanced" else ast.literal_eval(weight)
     return given
@@ -93,14 +95,10 @@ def headline(grid: xr.Dataset) -> list[str]:
 
 def unbiased(grid: xr.Dataset) -> str:
     """What the best cell is worth without its own luck, or nothing where that is not known."""
-    attrs = grid.attrs
-    if np.isfinite(attrs.get("nested_auc", np.nan)):
-        low, high = attrs.get("nested_auc_lo", np.nan), attrs.get("nested_auc_hi", np.nan)
-        auc = with_interval(attrs["nested_auc"], low, high) if np.isfinite([low, high]).all() else None
-        return f"chosen on inner folds, the AUC on data that the choice never saw is {auc or format(attrs['nested_auc'], '.3f')}"
-    if np.isfinite(attrs.get("cross_selected_auc", np.nan)):
-        return f"chosen on the other folds, the AUC is {attrs['cross_selected_auc']:.3f}"
-    return ""
+    if not np.isfinite(grid.attrs.get("nested_auc", np.nan)):
+        return ""
+    auc = with_interval(*(grid.attrs[f"nested_{name}"] for name in ("auc", "auc_lo", "auc_hi")))
+    return f"chosen on inner folds, the AUC on data that the choice never saw is {auc}"
 
 
 def significance(grid: xr.Dataset) -> str:
@@ -127,6 +125,10 @@ def best_facts(grid: xr.Dataset) -> list[tuple[str, str]]:
         accuracy = f"{float(here.accuracy):.3f}; {float(here.majority_accuracy):.3f}"
         facts.append(("accuracy; of naming the larger class always", accuracy))
         facts.append(("log-loss in nats; Brier; ECE", f"{float(here.log_loss):.3f}; {float(here.brier):.3f}; {float(here.ece):.3f}"))  # fmt: skip
+    if unbiased(grid):
+        chosen = zip(*(grid.attrs[f"nested_{name}"] for name in ("layers", "positions", "C")), strict=True)
+        cells = "; ".join(f"layer {layer}, {position}, C {c:g}" for layer, position, c in chosen)
+        facts.append(("chosen on inner folds, fold by fold", cells))
     for name in (positive, negative):
         if f"valid_share_{name}" in grid:
             share, kept = float(here[f"valid_share_{name}"]), float(here[f"kept_share_{name}"])

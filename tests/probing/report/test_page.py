@@ -89,7 +89,7 @@ def test_the_headline_has_the_numbers_of_the_grid(grid, parsed):
         f"AUC {best.auc:.3f} (95\u00a0% {best.auc_lo:.3f} to {best.auc_hi:.3f})",
         f"{int(at.n_wrong)} wrong and {int(at.n_correct)} correct",
         f"best of {grid.attrs['n_cells']} cells",
-        f"the AUC is {grid.attrs['cross_selected_auc']:.3f}",
+        f"never saw is {grid.attrs['nested_auc']:.3f} (95\u00a0% {grid.attrs['nested_auc_lo']:.3f} to ",
         f"gives {float(at.token_auc):.3f} (95\u00a0% {float(at.token_auc_lo):.3f} to {float(at.token_auc_hi):.3f})",
         f"p\u00a0=\u00a0{grid.attrs['max_t_p']:.2g} (max-T), the least that 3 shuffles can give",
     ):
