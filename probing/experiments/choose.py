@@ -16,10 +16,9 @@ import xarray as xr
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.probing.experiments.choices import at_random, by_majority, by_score, mean_intervals
 from hiddenlake.probing.experiments.error_types import together, typed
-from hiddenlake.probing.experiments.nested import DEFAULT, Settings, design_of, inner_grids
+from hiddenlake.probing.experiments.nested import DEFAULT, Settings, cells_of, design_of, nested_grid
 from hiddenlake.probing.experiments.resamples import read_resamples
 from hiddenlake.probing.experiments.table import Table, interval
-from hiddenlake.probing.grid import best_cell
 from hiddenlake.probing.probe import score_rows
 from hiddenlake.probing.selection import Selection, select
 from hiddenlake.probing.sweep import Progress
@@ -45,7 +44,7 @@ def layers_of(
     chosen, design = _folds(data, site, position, settings)
     if layer is not None:
         return (layer,) * design.n_folds
-    return tuple(best_cell(grid).layer for grid in inner_grids(chosen, design, settings, progress))
+    return tuple(best for best, _ in cells_of(nested_grid(chosen, settings, progress)))
 
 
 def choose(

@@ -21,13 +21,13 @@ from hiddenlake.probing.experiments.nested import (
     DEFAULT,
     FoldAuc,
     Settings,
+    cells_of,
     design_of,
     fold_auc,
     held_out_scores,
-    inner_grids,
+    nested_grid,
 )
 from hiddenlake.probing.experiments.table import Table, interval
-from hiddenlake.probing.grid import best_cell
 from hiddenlake.probing.selection import select
 from hiddenlake.probing.sweep import Progress
 
@@ -40,7 +40,7 @@ def comparable(data: xr.Dataset, positions: Sequence[str]) -> tuple[np.ndarray, 
     """The samples that every row can speak of, and how many lack what.
 
     Returns (sample,) bool, whether it has a label, a valid exact answer and a token at each position; and counts of what
-    is missing, in which a sample may occur several times.
+    is missing, each sample counted once, at the first thing that it lacks.
     """
     there = data.position.values.astype(str).tolist()
     needed = {
@@ -51,8 +51,12 @@ def comparable(data: xr.Dataset, positions: Sequence[str]) -> tuple[np.ndarray, 
         if position in there:
             index = data.token_index.transpose("position", "sample").values[there.index(position)]
             needed[f"a token at {position}"] = index != ABSENT
-    lacking = {what: int((~has).sum()) for what, has in needed.items()}
-    return np.logical_and.reduce(list(needed.values())), {what: n for what, n in lacking.items() if n}
+    usable, lacking = np.ones(data.sizes["sample"], bool), {}
+    for what, has in needed.items():
+        if missing := int((usable & ~has).sum()):
+            lacking[what] = missing
+        usable &= has
+    return usable, lacking
 
 
 def detect(
@@ -78,7 +82,7 @@ def detect(
     usable, lacking = comparable(data, positions)
     for odds in (p_true or {}).values():
         if missing := int((usable & ~np.isfinite(odds)).sum()):
-            lacking["an answer to p(True)"] = missing
+            lacking["an answer to p(True)"] = lacking.get("an answer to p(True)", 0) + missing
             usable = usable & np.isfinite(odds)
     if not usable.any():
         raise ProbeError(f"no sample of {len(usable)} can be compared: they lack {_words(lacking)}")
@@ -97,10 +101,10 @@ def detect(
     rows += _p_true_rows(
         {way: fold_auc(-odds[usable], wrong, design, trained=False) for way, odds in (p_true or {}).items()}
     )
-    grids = inner_grids(chosen, design, settings, progress)
+    grid = nested_grid(chosen, settings, progress)
     gap = 0.0
     for p, position in enumerate(positions):
-        cells = [(best.layer, position) for best in (best_cell(grid.isel(position=[p])) for grid in grids)]
+        cells = cells_of(grid.isel(position=[p]))
         found = held_out_scores(chosen, design, cells)
         gap = max(gap, found.relative_gap)
         inside = chosen.data.token_index.isel(position=p).values >= data.prompt_length.values

@@ -8,7 +8,7 @@ same folds, one against the rest of all questions; and rows and labels stay toge
 when it draws its test set.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -20,15 +20,15 @@ from hiddenlake.probing.experiments.nested import (
     DEFAULT,
     At,
     Settings,
+    cells_of,
     design_of,
     fold_auc,
     held_out_scores,
-    inner_grids,
+    nested_grid,
 )
 from hiddenlake.probing.experiments.resamples import Resamples
 from hiddenlake.probing.experiments.table import Table, interval
 from hiddenlake.probing.experiments.taxonomy import TYPES, UNIONS, types_of
-from hiddenlake.probing.grid import best_cell
 from hiddenlake.probing.selection import select
 from hiddenlake.probing.sweep import Progress
 
@@ -68,11 +68,7 @@ def error_types(
         layers=None if cell is None else [cell[0]], positions=None if cell is None else [cell[1]],
     )  # fmt: skip
     design = design_of(chosen, settings)
-    cells: Sequence[At] = [cell] * design.n_folds if cell else []
-    if not cells:
-        cells = [
-            (best.layer, best.position) for best in map(best_cell, inner_grids(chosen, design, settings, progress))
-        ]
+    cells = [cell] * design.n_folds if cell else cells_of(nested_grid(chosen, settings, progress))
     rows = []
     for name, label in labels.items():
         rows.append(

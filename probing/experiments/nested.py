@@ -10,6 +10,8 @@ from hiddenlake.cache.errors import ProbeError
 from hiddenlake.probing.cells import Cells
 from hiddenlake.probing.design import Design, make_design
 from hiddenlake.probing.fit import fit_probes
+from hiddenlake.probing.grid import best_cell
+from hiddenlake.probing.inference import nested_choice
 from hiddenlake.probing.judge import judge
 from hiddenlake.probing.metrics import auroc, bootstrap_interval, delong_interval
 from hiddenlake.probing.selection import Selection
@@ -75,29 +77,19 @@ def design_of(chosen: Selection, settings: Settings) -> Design:
     )
 
 
-def inner_grids(
-    chosen: Selection, design: Design, settings: Settings, progress: Progress | None = None
-) -> list[xr.Dataset]:
-    """Of each fold: the grid of the samples outside it, cross-validated among themselves (Stone 1974; Varma and Simon 2006).
+def nested_grid(chosen: Selection, settings: Settings, progress: Progress | None = None) -> xr.Dataset:
+    """All cells of a selection, cross-validated, and within the others of each fold once more: for `cells_of`."""
+    return fit_probes(
+        chosen.data[chosen.site], chosen.positive, groups=chosen.groups, index=chosen.index, mask=chosen.mask,
+        keep=chosen.labelled, shuffles=0, nested=True, progress=progress, **asdict(settings),
+    )  # fmt: skip
 
-    The whole grid is fitted once a fold. Raises ProbeError when the others cannot be split again.
-    """
-    activations = chosen.data[chosen.site]
-    n_cells = activations.sizes["layer"] * activations.sizes["position"]
-    grids = []
-    for f in range(design.n_folds):
 
-        def told(done: int, _: int, before: int = f * n_cells) -> None:
-            if progress is not None:
-                progress(before + done, design.n_folds * n_cells)
-
-        grids.append(
-            fit_probes(
-                activations, chosen.positive, groups=chosen.groups, index=chosen.index, mask=chosen.mask,
-                keep=chosen.labelled & (design.fold != f), shuffles=0, progress=told, **asdict(settings),
-            )
-        )  # fmt: skip
-    return grids
+def cells_of(grid: xr.Dataset) -> list[At]:
+    """Of each fold, the cell that the others choose. Raises ProbeError where no cell was fitted."""
+    best_cell(grid)
+    found = nested_choice(grid)
+    return list(zip(found.layers, found.positions, strict=True))
 
 
 def held_out_scores(

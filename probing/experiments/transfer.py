@@ -22,13 +22,13 @@ from hiddenlake.probing.experiments.nested import (
     At,
     FoldAuc,
     Settings,
+    cells_of,
     design_of,
     fold_auc,
     held_out_scores,
-    inner_grids,
+    nested_grid,
 )
 from hiddenlake.probing.experiments.table import Table, interval
-from hiddenlake.probing.fit import fit_probes
 from hiddenlake.probing.grid import best_cell
 from hiddenlake.probing.probe import Probe, different_fields, score_rows
 from hiddenlake.probing.selection import Selection, select
@@ -42,8 +42,8 @@ BASELINE = "logprob min exact"
 class Side:
     """One task, to be trained or tested on.
 
-    best : its best cell by cross-validation of all samples.  confident : (sample,) the baseline, NaN where there is no exact
-    answer.
+    best : its best cell by cross-validation of all samples.  nested : of each fold, the cell that the others choose.
+    confident : (sample,) the baseline, NaN where there is no exact answer.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Side:
     chosen: Selection
     design: Design
     best: At
+    nested: list[At]
     confident: np.ndarray
 
 
@@ -81,8 +82,7 @@ def transfer(
             cells = [(test if choose == "target" else train).best] * settings.cv
             if train is test:
                 if choose == "train":
-                    grids = inner_grids(train.chosen, train.design, settings)
-                    cells = [(best.layer, best.position) for best in map(best_cell, grids)]
+                    cells = train.nested
                 score, design, dropped = held_out_scores(train.chosen, train.design, cells).score, train.design, 0
             else:
                 known = train.name, cells[0]
@@ -130,14 +130,20 @@ def _sides(captures: Sequence[Capture], site: str, settings: Settings, progress:
             if progress is not None:
                 progress(before + done, len(every) * n_cells)
 
-        grid = fit_probes(
-            chosen.data[chosen.site], chosen.positive, groups=chosen.groups, index=chosen.index, mask=chosen.mask,
-            keep=chosen.labelled, shuffles=0, progress=told, **asdict(settings),
-        )  # fmt: skip
+        grid = nested_grid(chosen, settings, told)
         best = best_cell(grid)
         confident = confidence_of(data)[BASELINE]
         sides.append(
-            Side(name, capture, data, chosen, design_of(chosen, settings), (best.layer, best.position), confident)
+            Side(
+                name,
+                capture,
+                data,
+                chosen,
+                design_of(chosen, settings),
+                (best.layer, best.position),
+                cells_of(grid),
+                confident,
+            )  # fmt: skip
         )
     return sides
 

@@ -36,6 +36,7 @@ def test_every_row_is_of_the_same_samples(data, tmp_path):
     usable, lacking = comparable(data, POSITIONS)
     valid, wrong = data.exact_answer_valid.values, ~data.correct.values
     assert (usable <= valid).all() and lacking["an exact answer"] == int((~valid).sum())
+    assert sum(lacking.values()) == int((~usable).sum())
     assert {(row["n wrong"], row["n correct"]) for row in table.rows} == {
         (int((usable & wrong).sum()), int((usable & ~wrong).sum()))
     }
