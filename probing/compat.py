@@ -26,6 +26,7 @@ from sklearn.model_selection import train_test_split
 from hiddenlake.cache.errors import ProbeError
 from hiddenlake.probing.cell import Cell
 from hiddenlake.probing.cells import Cells
+from hiddenlake.probing.checkpoint import Checkpoint
 from hiddenlake.probing.metrics import auroc, delong_interval
 from hiddenlake.probing.result import assemble
 from hiddenlake.probing.solve import two_classes
@@ -60,6 +61,7 @@ def fit_llmsknow(
     mask: np.ndarray | None = None,
     keep: np.ndarray | None = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """One probe a cell, fitted and scored as the paper does.
@@ -69,6 +71,7 @@ def fit_llmsknow(
     mask : (position, sample) bool, whether there is a token, in the answer or not.
     keep : (sample,) bool, the rows with a valid exact answer and at most 10,000 tokens. The split is
         drawn before the others are dropped.
+    checkpoint : where finished cells are kept.
 
     `exact_answer_after_last` takes the last token (position `-1`) where the exact answer ends the sequence.
     Where the paper's code would stop with an IndexError (`second_answer` of a one-token answer, -k before the
@@ -91,7 +94,7 @@ def fit_llmsknow(
         mask = np.stack([np.isfinite(cells.read(0, p)).all(axis=1) for p in range(len(cells.positions))])
     mask, borrow = _last_token_instead(cells.positions.tolist(), mask, used)
 
-    def fit(X: np.ndarray, rows: np.ndarray, _: int) -> tuple[Cell, dict[str, float]]:
+    def fit(X: np.ndarray, rows: np.ndarray, _: int) -> Cell:
         order = np.argsort(place[rows])
         rows = rows[order]
         # Float32, as the paper's rows are: widened exactly where they are stored in less.
@@ -100,13 +103,12 @@ def fit_llmsknow(
     with warnings.catch_warnings():
         # Said by the certificate instead, in every cell.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = sweep(cells, mask, used, fit, borrow=borrow, progress=progress)
-    C = np.array([1.0])
-    result = assemble(cells, {at: cell for at, (cell, _) in fitted.items()}, C=C, n_folds=1, n_shuffles=0)
+        fitted = sweep(cells, mask, used, fit, borrow=borrow, checkpoint=checkpoint, progress=progress)
+    result = assemble(cells, fitted, C=np.array([1.0]), n_folds=1, n_shuffles=0)
     for name in (*_METRICS, *_COUNTS):
         values = np.full(result.n.shape, np.nan)
-        for at, (_, extra) in fitted.items():
-            values[at] = extra[name]
+        for at, cell in fitted.items():
+            values[at] = cell.metrics[name][0]
         if name in _COUNTS:
             result[name] = ("layer", "position"), values.astype(np.int32)
         else:
@@ -149,15 +151,14 @@ def _last_token_instead(
     return mask, {after: (last, borrowed)}
 
 
-def _fit_cell(X: np.ndarray, wrong: np.ndarray, in_train: np.ndarray, seed: int) -> tuple[Cell, dict[str, float]]:
-    counts = {"n_train": int(in_train.sum()), "n_validation": int((~in_train).sum())}
-    absent = dict.fromkeys(_METRICS, np.nan) | counts
+def _fit_cell(X: np.ndarray, wrong: np.ndarray, in_train: np.ndarray, seed: int) -> Cell:
+    counts = {"n_train": in_train.sum(), "n_validation": (~in_train).sum()}
     sizes = {"n_positive": int(wrong.sum()), "n_negative": int((~wrong).sum())}
     for name, inside in (("training", in_train), ("validation", ~in_train)):
         if not two_classes(wrong, inside):
             n_wrong = int(wrong[inside].sum())
             reason = f"one class only in the {name} rows: {n_wrong} wrong, {int(inside.sum()) - n_wrong} correct"
-            return Cell(**sizes, reason=reason), absent
+            return Cell(**sizes, reason=reason, metrics=_one_C(dict.fromkeys(_METRICS, np.nan) | counts))
     correct = (~wrong).astype(int)
     model = LogisticRegression(random_state=seed).fit(X[in_train], correct[in_train])
     truth, held = correct[~in_train], X[~in_train]
@@ -190,8 +191,9 @@ def _fit_cell(X: np.ndarray, wrong: np.ndarray, in_train: np.ndarray, seed: int)
         "precision": float(precision_score(truth, prediction, **scored)),
         "recall": float(recall_score(truth, prediction, **scored)),
     }
-    cell = Cell(
+    return Cell(
         **sizes,
+        metrics=_one_C(extra),
         fold_auc=np.full((1, 1, 1), auc),
         fold_objective=objective.reshape(1, 1, 1),
         fold_gap_bound=gap_bound.reshape(1, 1, 1),
@@ -202,4 +204,7 @@ def _fit_cell(X: np.ndarray, wrong: np.ndarray, in_train: np.ndarray, seed: int)
         auc_hi=np.array([high]),
         shuffled_auc=np.array([np.nan]),
     )
-    return cell, extra
+
+
+def _one_C(values: dict[str, float]) -> dict[str, np.ndarray]:
+    return {name: np.array([value], np.float64) for name, value in values.items()}

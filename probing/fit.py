@@ -1,6 +1,9 @@
 """fit_probes: activations and labels in, a Dataset of certified probes out."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -8,6 +11,7 @@ import xarray as xr
 from hiddenlake.cache.errors import ProbeError, UnknownNameError
 from hiddenlake.probing.cell import Cell, fit_cell
 from hiddenlake.probing.cells import Cells
+from hiddenlake.probing.checkpoint import Checkpoint
 from hiddenlake.probing.compat import fit_llmsknow
 from hiddenlake.probing.design import make_design
 from hiddenlake.probing.result import assemble
@@ -37,12 +41,13 @@ def fit_probes(
     nested: bool = False,
     seed: int = 0,
     compat: str | None = None,
+    checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """Fit logistic probes in every cell of `activations`, cross-validated, each with a certificate.
 
-    activations : (layer, position, sample, hidden) float32, lazy or not; `layer` and `position` may be
-        missing. One cell is read at a time by each thread.
+    activations : (layer, position, sample, hidden), any float, lazy or not; `layer` and `position` may be missing. Cells
+        are read one after the other; those of a capture as they are stored.
     y : (sample,) bool, True for the positive class.
     C : inverse strength of the penalty, as in scikit-learn. Several keep an axis of their own.
     groups : (sample,) names that stay on one side of every split; each sample its own by default.
@@ -67,6 +72,9 @@ def fit_probes(
         (inference.nested_choice). Twice the work, or less beside shuffles or several C.
     compat : `llmsknow` fits the probe of "LLMs Know More Than They Show" to the letter and takes C, cv,
         groups, scale, solver and shuffles from there (hiddenlake.probing.compat).
+    checkpoint : a folder where each finished cell is kept. The same call goes on from there, also while other processes
+        work on it, to the same bits; a call that asks for anything else takes nothing from it. See `fit_grid`, which
+        also removes it.
     progress : called with (cells done, cells in all).
 
     Returns a Dataset. Over (layer, position, C): auc, the mean of the folds' AUCs, with its 95 %
@@ -91,7 +99,9 @@ def fit_probes(
             raise UnknownNameError(f"unknown compat {compat!r}: expected `llmsknow` or None")
         if sample_weight is not None or class_weight is not None or penalty != "l2":
             raise ProbeError("compat='llmsknow' is the paper's fit, l2 without weights: leave these or compat out")
-        return fit_llmsknow(cells, positive, mask=mask, keep=kept, seed=seed, progress=progress)
+        decides = {"compat": compat, "positive": positive, "seed": seed}
+        kept_cells = _checkpoint(checkpoint, cells, mask, kept, decides)
+        return fit_llmsknow(cells, positive, mask=mask, keep=kept, seed=seed, checkpoint=kept_cells, progress=progress)
     names = np.arange(n) if index is None else _one_per_sample(index, n, "index")
     group_names = names if groups is None else _one_per_sample(groups, n, "groups")
     design = make_design(
@@ -104,7 +114,8 @@ def fit_probes(
     def fit(X: np.ndarray, rows: np.ndarray, position: int) -> Cell:
         return fit_cell(X, rows, design, position)
 
-    fitted = sweep(cells, mask, kept, fit, order=design.order, progress=progress)
+    kept_cells = _checkpoint(checkpoint, cells, mask, kept, {f.name: getattr(design, f.name) for f in fields(design)})
+    fitted = sweep(cells, mask, kept, fit, order=design.order, checkpoint=kept_cells, progress=progress)
     result = assemble(cells, fitted, C=design.C, n_folds=cv, n_shuffles=shuffles, others=tuple(others or ()), tol=tol)
     result.attrs = {
         "cv": cv,
@@ -123,6 +134,25 @@ def fit_probes(
         "interval": design.interval,
     }
     return result
+
+
+def _checkpoint(
+    folder: str | Path | None, cells: Cells, mask: np.ndarray | None, kept: np.ndarray, decides: dict[str, Any]
+) -> Checkpoint | None:
+    """decides : what decides the numbers beside the activations and who counts."""
+    if folder is None:
+        return None
+    return Checkpoint(
+        Path(folder),
+        decides
+        | {
+            "activations": cells.fingerprint(),
+            "layers": cells.layers,
+            "positions": cells.positions,
+            "mask": mask,
+            "kept": kept,
+        },
+    )
 
 
 def _one_per_sample(values: Sequence | np.ndarray, n: int, name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ def fit_grid(
     nested: bool = True,
     seed: int = 0,
     compat: str | None = None,
+    checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """Fit probes in every cell of a capture's site: at which layer and token is the label known?
@@ -88,6 +90,7 @@ def fit_grid(
         "tol": tol,
         "seed": seed,
         "compat": compat,
+        "checkpoint": checkpoint,
     }
     grid = fit_probes(
         data[chosen.site],

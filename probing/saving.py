@@ -18,8 +18,7 @@ def save_grid(grid: xr.Dataset, path: str | Path) -> Path:
     or holds something that is no Zarr group.
     """
     path = Path(path)
-    if path.exists() and not (path / "zarr.json").exists():
-        raise StoreError(f"{path} exists and is no Zarr group: name another path, or remove it")
+    check_target(path)
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
     old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
     try:
@@ -38,6 +37,12 @@ def save_grid(grid: xr.Dataset, path: str | Path) -> Path:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def check_target(path: Path) -> None:
+    """Raise StoreError where something lies that is no grid."""
+    if path.exists() and not (path / "zarr.json").exists():
+        raise StoreError(f"{path} exists and is no Zarr group: name another path, or remove it")
 
 
 def open_grid(path: str | Path) -> xr.Dataset:

@@ -1,22 +1,30 @@
 """Sweep: one function over every (layer, position) cell, read ahead of whoever works on them, on all cores."""
 
 import os
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from hiddenlake.cache.errors import ProbeError
+from hiddenlake.cache.store.locks import FileLock
 from hiddenlake.probing.cells import Cells
+from hiddenlake.probing.checkpoint import Checkpoint, drop
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
 
 # Cells in memory beside those in work: one that is ready, and one that is read.
 AHEAD = 2
+
+# Between two looks at cells that others work on.
+_POLL_SECONDS = 0.2
 
 
 class Buffer:
@@ -34,6 +42,17 @@ class Buffer:
         return self._bytes[:size].view(dtype).reshape(shape)
 
 
+@dataclass(frozen=True, slots=True)
+class _Work(Generic[Result]):
+    """A cell that is read and fitted. claim : where others may work on the same grid."""
+
+    cell: tuple[int, int]
+    buffer: Buffer
+    loaded: Future
+    fitted: Future[Result]
+    claim: FileLock | None
+
+
 def sweep(
     cells: Cells,
     mask: np.ndarray | None,
@@ -42,6 +61,7 @@ def sweep(
     *,
     order: np.ndarray | None = None,
     borrow: dict[int, tuple[int, np.ndarray]] | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> dict[tuple[int, int], Result]:
     """Read and fit every cell, on as many threads as there are cores, BLAS on one thread each.
@@ -52,8 +72,10 @@ def sweep(
     order : (sample,) int, the order in which `fit` gets the samples; their own by default.
     borrow : for a position's number, another position's and the samples, (sample,) bool, that take their
         activations from there. The mask counts them already.
+    checkpoint : keeps each Cell that `fit` returns. What is finished there is not fitted again, and what others work on
+        is waited for.
 
-    Returns the results by (layer number, position number). Ctrl-C ends after the cells in work.
+    Returns the results by (layer number, position number). Ctrl-C ends after the cells in work, which are kept too.
     """
     from hiddenlake.probing.solvers.problem import as_tensor, finite_rows
 
@@ -76,34 +98,66 @@ def sweep(
             )
         return X, rows
 
-    every = list(np.ndindex(cells.shape))
     results: dict[tuple[int, int], Result] = {}
-    waiting = every[::-1]
+    waiting, elsewhere = deque(np.ndindex(cells.shape)), []
     buffers = [Buffer() for _ in range(n_threads() + AHEAD)]
-    running: dict[Future[Result], tuple[tuple[int, int], Buffer, Future]] = {}
+    running: dict[Future[Result], _Work[Result]] = {}
+
+    def finished(cell: tuple[int, int], found: Result) -> None:
+        results[cell] = found
+        if progress is not None:
+            progress(len(results), cells.shape[0] * cells.shape[1])
+
+    def begin(cell: tuple[int, int]) -> None:
+        claim = None
+        if checkpoint is not None:
+            if (found := checkpoint.load(cell)) is not None:
+                return finished(cell, found)
+            if (claim := checkpoint.claim(cell)) is None:
+                return elsewhere.append(cell)
+            if (found := checkpoint.load(cell)) is not None:  # finished between these looks
+                drop(claim)
+                return finished(cell, found)
+        buffer = buffers.pop()
+        loaded = reader.submit(load, *cell, buffer)
+        fitted = pool.submit(lambda: fit(*loaded.result(), cell[1]))
+        running[fitted] = _Work(cell, buffer, loaded, fitted, claim)
+
+    def end(work: _Work[Result]) -> Result:
+        try:
+            found = work.fitted.result()
+            if checkpoint is not None:
+                checkpoint.save(work.cell, found)
+        finally:
+            if work.claim is not None:
+                drop(work.claim)
+        buffers.append(work.buffer)
+        return found
+
     # Threads of BLAS below threads over cells would fight for the same cores.
     with _one_thread_each(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(n_threads()) as pool:
         try:
-            while waiting or running:
+            while waiting or elsewhere or running:
                 while waiting and buffers:
-                    cell, buffer = waiting.pop(), buffers.pop()
-                    loaded = reader.submit(load, *cell, buffer)
-                    running[pool.submit(lambda loaded, position: fit(*loaded.result(), position), loaded, cell[1])] = (
-                        cell,
-                        buffer,
-                        loaded,
-                    )
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    cell, buffer, _ = running.pop(future)
-                    buffers.append(buffer)
-                    results[cell] = future.result()
-                    if progress is not None:
-                        progress(len(results), len(every))
+                    begin(waiting.popleft())
+                for future in wait(running, _POLL_SECONDS if elsewhere else None, FIRST_COMPLETED).done:
+                    work = running.pop(future)
+                    finished(work.cell, end(work))
+                if elsewhere and not waiting:
+                    if not running:
+                        time.sleep(_POLL_SECONDS)
+                    waiting.extend(elsewhere)
+                    elsewhere.clear()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for future, (_, _, loaded) in running.items():
-                if future.cancelled():
-                    loaded.cancel()
+            for work in running.values():
+                if work.fitted.cancelled():
+                    work.loaded.cancel()
+            wait([fitted for fitted in running if not fitted.cancelled()])
+            for work in running.values():
+                # What is wrong was said already, or is the same here.
+                with suppress(Exception):
+                    end(work)
             raise
     return results
 

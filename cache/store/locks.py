@@ -76,23 +76,32 @@ class FileLock:
 
     A forked child drops its copy of the descriptor, so that the lock lives and dies with the process
     that took it.
+
+    wait : for whoever holds it; else BlockingIOError is raised.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, wait: bool = True) -> None:
         self.path = Path(path)
+        held = None
         with files.storing(path):
             while True:
                 self.descriptor = files.os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW, 0o644)
                 try:
                     files.descriptor_size(self.descriptor)
-                    fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+                    fcntl.flock(self.descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                     # The folder may have been replaced by another while this waited.
                     if _same_file(self.descriptor, path):
                         break
+                except BlockingIOError as error:
+                    files.os.close(self.descriptor)
+                    held = error
+                    break
                 except BaseException:
                     files.os.close(self.descriptor)
                     raise
                 files.os.close(self.descriptor)
+        if held is not None:
+            raise held
         _held.add(self)
 
     def append(self, data: bytes) -> None:

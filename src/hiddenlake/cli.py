@@ -294,13 +294,17 @@ def probe_command(
         Path | None, typer.Option(help="Also fit the best cell on all samples, and keep that probe in this file.")
     ] = None,
 ) -> None:
-    """Fit certified probes over all (layer, position) cells of one site."""
+    """Fit certified probes over all (layer, position) cells of one site. The same command goes on where it stopped.
+
+    Exit status: 0 the grid is complete, 130 interrupted.
+    """
     from dataclasses import asdict
 
     from hiddenlake.cache.progress import counted
     from hiddenlake.cache.sites import parse_layers
     from hiddenlake.cache.store.reader import open_capture
-    from hiddenlake.probing.grid import best_cell, fit_grid, save_grid
+    from hiddenlake.probing.grid import best_cell
+    from hiddenlake.probing.run import run_grid
 
     try:
         strengths = tuple(float(c) for c in C.split(","))
@@ -308,26 +312,30 @@ def probe_command(
         raise BadInputError(f"--C {C!r} is not a list of numbers such as 0.01 or 0.001,0.01") from error
     opened = open_capture(capture)
     coverage = opened.coverage
-    with counted(f"probing {site}") as progress:
-        grid = fit_grid(
-            opened,
-            site,
-            label=label,
-            groups=groups,
-            layers=None if layers == "all" else parse_layers(layers, max(coverage.layers, default=-1) + 1),
-            positions=None if positions == "all" else positions.split(","),
-            cv=cv,
-            C=strengths,
-            class_weight=class_weight,
-            penalty=penalty,
-            l1_ratio=l1_ratio,
-            scale=scale,
-            shuffles=shuffles,
-            seed=seed,
-            compat=compat,
-            progress=progress,
-        )
-    save_grid(grid, out)
+    try:
+        with counted(f"probing {site}") as progress:
+            grid = run_grid(
+                opened,
+                site,
+                out,
+                label=label,
+                groups=groups,
+                layers=None if layers == "all" else parse_layers(layers, max(coverage.layers, default=-1) + 1),
+                positions=None if positions == "all" else positions.split(","),
+                cv=cv,
+                C=strengths,
+                class_weight=class_weight,
+                penalty=penalty,
+                l1_ratio=l1_ratio,
+                scale=scale,
+                shuffles=shuffles,
+                seed=seed,
+                compat=compat,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        talk(f"interrupted: the cells that were finished are kept beside {out}; the same command goes on from there")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     best = best_cell(grid)
     if keep is not None:
         from hiddenlake.probing.train import fit_probe
