@@ -84,11 +84,7 @@ def plan_job(
         judge=task.rules,
         decoding=Decoding(0) if given else Decoding(max_new_tokens, sampling),
     )
-    prompts = [
-        _prompt(source, identity, question, sample_index)
-        for question in task.questions
-        for sample_index in range(samples)
-    ]
+    prompts = [prompt for question in task.questions for prompt in _prompts(source, identity, question, samples)]
     # one position must be left for the first answer token
     fitting = tuple(p for p in prompts if _length(p) + (p.given is None) <= source.context)
     longest = max(map(_length, fitting), default=1)
@@ -133,7 +129,8 @@ def _given(task: Task, samples: int) -> bool:
     return bool(count)
 
 
-def _prompt(model: Model, identity: Identity, question: Question, sample_index: int) -> Prompt:
+def _prompts(model: Model, identity: Identity, question: Question, samples: int) -> list[Prompt]:
+    """One a sample; their ids are made, and held, once."""
     if question.given == "":  # a plain text: no turn of a chat
         text = question.question
         ids = tuple(model.tokenizer(text)["input_ids"])
@@ -147,8 +144,9 @@ def _prompt(model: Model, identity: Identity, question: Question, sample_index: 
         given = tuple(model.tokenizer(question.given, add_special_tokens=False)["input_ids"]) if question.given else ()
         # a bar that is no token id: the same text split elsewhere is another sample
         keyed = (*ids, -1, *given)
-    key = sample_key(identity, keyed, question.index, sample_index)
-    return Prompt(key, question, sample_index, text, ids, given)
+    return [
+        Prompt(sample_key(identity, keyed, question.index, k), question, k, text, ids, given) for k in range(samples)
+    ]
 
 
 def _length(prompt: Prompt) -> int:

@@ -7,19 +7,6 @@ import pytest
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.probing.experiments.places import Place, paper_job, place_of
 
-ROWS = (
-    "sentence,pronoun,answer,incorrect_answer,q_instruct,q\n"
-    "The nurse met the chef because she asked.,she,nurse,chef,Who is she?,The pronoun 'she' refers to the\n"
-    "The nurse met the chef because he asked.,he,nurse,chef,Who is he?,The pronoun 'he' refers to the\n"
-)
-
-
-@pytest.fixture
-def winobias(tmp_path):
-    file = tmp_path / "winobias.csv"
-    file.write_text(ROWS)
-    return file
-
 
 def test_each_task_and_model_has_files_of_its_own():
     place = Place(Path("paper"), "math-a-b")
