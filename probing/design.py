@@ -120,13 +120,7 @@ def make_design(
     Raises ProbeError when the samples cannot be split.
     """
     n = len(positive)
-    if shuffles < 0:
-        raise ProbeError(f"shuffles is {shuffles}: expected 0 or more")
-    if len(set(names.tolist())) < n:
-        raise ProbeError(
-            f"index names {len(set(names.tolist()))} of {n} samples: give each its own, and say what belongs "
-            f"together with `groups`"
-        )
+    check_names(names, shuffles)
     design = Design(
         labels=np.zeros((1 + shuffles, n), bool),
         others=np.zeros((0, 0, n), bool) if others is None else others,
@@ -135,7 +129,7 @@ def make_design(
         order=np.argsort(names.astype(str), kind="stable"),
         n_folds=cv,
         C=np.atleast_1d(np.asarray(C, np.float64)),
-        group=_repeating(groups, kept),
+        group=repeating(groups, kept),
         scale=scale,
         solver=solver,
         tol=tol,
@@ -151,7 +145,18 @@ def make_design(
     return design
 
 
-def _repeating(groups: np.ndarray, kept: np.ndarray) -> np.ndarray | None:
+def check_names(names: np.ndarray, shuffles: int) -> None:
+    """Raises ProbeError for names that are not distinct, and for fewer than no shuffles."""
+    if shuffles < 0:
+        raise ProbeError(f"shuffles is {shuffles}: expected 0 or more")
+    if len(set(names.tolist())) < len(names):
+        raise ProbeError(
+            f"index names {len(set(names.tolist()))} of {len(names)} samples: give each its own, and say what belongs "
+            f"together with `groups`"
+        )
+
+
+def repeating(groups: np.ndarray, kept: np.ndarray) -> np.ndarray | None:
     """Group numbers when some group has several samples, else None."""
     _, member = np.unique(groups.astype(str), return_inverse=True)
     return member if len(set(member[kept].tolist())) < int(kept.sum()) else None

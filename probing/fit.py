@@ -91,9 +91,9 @@ def fit_probes(
     """
     cells = Cells(activations)
     n = cells.n_samples
-    positive = _one_per_sample(y, n, "y").astype(bool)
-    kept = np.ones(n, bool) if keep is None else _one_per_sample(keep, n, "keep").astype(bool)
-    mask = _mask(mask, cells)
+    positive = one_per_sample(y, n, "y").astype(bool)
+    kept = np.ones(n, bool) if keep is None else one_per_sample(keep, n, "keep").astype(bool)
+    mask = token_mask(mask, cells)
     if compat is not None:
         if compat != "llmsknow":
             raise UnknownNameError(f"unknown compat {compat!r}: expected `llmsknow` or None")
@@ -102,8 +102,8 @@ def fit_probes(
         decides = {"compat": compat, "positive": positive, "seed": seed}
         kept_cells = _checkpoint(checkpoint, cells, mask, kept, decides)
         return fit_llmsknow(cells, positive, mask=mask, keep=kept, seed=seed, checkpoint=kept_cells, progress=progress)
-    names = np.arange(n) if index is None else _one_per_sample(index, n, "index")
-    group_names = names if groups is None else _one_per_sample(groups, n, "groups")
+    names = np.arange(n) if index is None else one_per_sample(index, n, "index")
+    group_names = names if groups is None else one_per_sample(groups, n, "groups")
     design = make_design(
         positive, kept=kept, names=names, groups=group_names, C=C, cv=cv, scale=scale, solver=solver, tol=tol,
         shuffles=shuffles, seed=seed, sample_weight=sample_weight, class_weight=class_weight,
@@ -155,7 +155,8 @@ def _checkpoint(
     )
 
 
-def _one_per_sample(values: Sequence | np.ndarray, n: int, name: str) -> np.ndarray:
+def one_per_sample(values: Sequence | np.ndarray, n: int, name: str) -> np.ndarray:
+    """Raises ProbeError for another number of values than samples."""
     values = np.asarray(values)
     if values.shape != (n,):
         raise ProbeError(f"{name} has the shape {values.shape}: expected one value for each of the {n} samples")
@@ -163,6 +164,7 @@ def _one_per_sample(values: Sequence | np.ndarray, n: int, name: str) -> np.ndar
 
 
 def _others(others: Mapping[str, np.ndarray] | None, cells: Cells) -> np.ndarray | None:
+    """(position, sample) bool, from a mask that may lack the position. Raises ProbeError for another shape."""
     """(S, position, sample)."""
     if not others:
         return None
@@ -170,7 +172,8 @@ def _others(others: Mapping[str, np.ndarray] | None, cells: Cells) -> np.ndarray
     return np.stack([np.broadcast_to(np.asarray(one, bool), (len(cells.positions), cells.n_samples)) for one in sets])
 
 
-def _mask(mask: xr.DataArray | np.ndarray | None, cells: Cells) -> np.ndarray | None:
+def token_mask(mask: xr.DataArray | np.ndarray | None, cells: Cells) -> np.ndarray | None:
+    """(position, sample) bool, from a mask that may lack the position. Raises ProbeError for another shape."""
     if mask is None:
         return None
     if isinstance(mask, xr.DataArray) and mask.ndim == 2:

@@ -8,10 +8,10 @@ import numpy as np
 from hiddenlake.cache.errors import ProbeError
 
 
-def make_folds(positive: np.ndarray, *, n_folds: int = 5, groups: Sequence | np.ndarray, seed: int = 0) -> np.ndarray:
-    """Fold of each sample, as in StratifiedGroupKFold: whole groups, both classes spread evenly.
+def make_folds(label: np.ndarray, *, n_folds: int = 5, groups: Sequence | np.ndarray, seed: int = 0) -> np.ndarray:
+    """Fold of each sample, as in StratifiedGroupKFold: whole groups, all classes spread evenly.
 
-    positive : (sample,) bool.  groups : (sample,) names; the samples of a name share a fold.
+    label : (sample,) bool, or int from 0 to the number of classes - 1.  groups : (sample,) names; the samples of a name share a fold.
 
     Groups are dealt largest first, then by a hash of (seed, name), each to the fold that holds least
     of its classes. The result depends on the set of samples only, so that two captures of one run
@@ -21,28 +21,29 @@ def make_folds(positive: np.ndarray, *, n_folds: int = 5, groups: Sequence | np.
 
     Raises ProbeError when there are fewer groups than folds, or a fold would lack a class.
     """
-    positive = np.asarray(positive, bool)
+    label = np.asarray(label)
+    kinds = ["negative", "positive"] if label.dtype == bool else [f"class {k}" for k in range(label.max(initial=1) + 1)]
     if n_folds < 2:
         raise ProbeError(f"{n_folds} folds cannot hold samples out: expected cv of at least 2")
     names, member = np.unique(np.asarray([str(group) for group in groups]), return_inverse=True)
-    if len(member) != len(positive):
-        raise ProbeError(f"{len(member)} groups do not match {len(positive)} labels: give one group a sample")
+    if len(member) != len(label):
+        raise ProbeError(f"{len(member)} groups do not match {len(label)} labels: give one group a sample")
     if len(names) < n_folds:
         raise ProbeError(
             f"{len(names)} groups cannot fill {n_folds} folds: use cv={len(names)} or fewer, or other groups"
             if len(names) > 1
-            else f"all {len(positive)} samples are one group ({names[0] if len(names) else 'none'}): name other groups"
+            else f"all {len(label)} samples are one group ({names[0] if len(names) else 'none'}): name other groups"
         )
-    counts = np.zeros((len(names), 2))
-    np.add.at(counts, (member, positive.astype(int)), 1)
+    counts = np.zeros((len(names), len(kinds)))
+    np.add.at(counts, (member, label.astype(int)), 1)
     totals = counts.sum(axis=0)
-    if not totals.all():
+    if label.dtype == bool and not totals.all():
         raise ProbeError(
-            f"all {len(positive)} samples are of one class ({int(totals[1])} positive, {int(totals[0])} negative): "
+            f"all {len(label)} samples are of one class ({int(totals[1])} positive, {int(totals[0])} negative): "
             f"a probe needs both"
         )
     order = sorted(range(len(names)), key=lambda g: (-counts[g].sum(), seeded_hash(seed, names[g]), names[g]))
-    held = np.zeros((n_folds, 2))
+    held = np.zeros((n_folds, len(kinds)))
     fold_of = np.zeros(len(names), int)
     for g in order:
         # What the sum of squared shares of each class would grow by; ties go to the emptiest fold.
@@ -53,7 +54,7 @@ def make_folds(positive: np.ndarray, *, n_folds: int = 5, groups: Sequence | np.
     lacking = np.argwhere(held == 0)
     if len(lacking):
         fold, side = lacking[0]
-        kind = ("negative", "positive")[side]
+        kind = kinds[side]
         raise ProbeError(
             f"fold {fold} of {n_folds} has no {kind} sample: the {int(totals[side])} {kind} samples lie in "
             f"{int((counts[:, side] > 0).sum())} of {len(names)} groups; use fewer folds or other groups"

@@ -28,6 +28,7 @@ _WHERE = {
     "VllmDumps": "hiddenlake.cache.exchange.vllm_dumps",
     "JsonlSource": "hiddenlake.cache.exchange.jsonl",
     "fit_probes": "hiddenlake.probing.fit",
+    "fit_multiclass": "hiddenlake.probing.multiclass",
     "fit_grid": "hiddenlake.probing.grid",
     "open_grid": "hiddenlake.probing.grid",
     "save_grid": "hiddenlake.probing.grid",
