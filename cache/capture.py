@@ -1,68 +1,22 @@
 """Capture: prompts in, committed rows out. The one pipeline, whatever the engine."""
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hiddenlake.cache.engines.base import Engine, Memory, Request
 from hiddenlake.cache.errors import BadInputError
-from hiddenlake.cache.estimate import Estimate, estimate
+from hiddenlake.cache.estimate import estimate
 from hiddenlake.cache.identity import GREEDY, Sampling
 from hiddenlake.cache.job import GIB, Job, plan_job
-from hiddenlake.cache.placing import Placed, make_sample
-from hiddenlake.cache.samples import Failure, Generation, Prompt, Sample, Task
-from hiddenlake.cache.shelf import Settled, Shelf
+from hiddenlake.cache.run import Run, fail
+from hiddenlake.cache.samples import Task
 from hiddenlake.cache.store.backend import open_backend
-from hiddenlake.cache.store.writer import Writer, open_writer
-
-# Samples reserved at a time: enough to keep an engine busy, few enough for several writers to share a small task.
-_RESERVE = 64
-
-# A generation is cheap beside a lost sample, and a second failure is not chance.
-_ATTEMPTS = 2
+from hiddenlake.cache.store.writer import open_writer
+from hiddenlake.cache.summary import Summary, Watcher
 
 ENGINES = ("vllm", "transformers")
-
-
-@dataclass(slots=True)
-class Summary:
-    """What a run did.
-
-    planned : samples of the task.  present : committed before the run.  committed, failed : by this run.
-    elsewhere : reserved by another writer that is still running.
-    correct : of the committed.  bytes : written.  causes : why samples failed, by key.
-    tokens : generated.  seconds : of generation and capture, engine start not counted.
-    """
-
-    path: str
-    planned: int
-    present: int
-    committed: int = 0
-    failed: int = 0
-    elsewhere: int = 0
-    correct: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    interrupted: bool = False
-    causes: dict[str, str] = field(default_factory=dict)
-
-
-class Watcher:
-    """Hears of a run's progress. The default is silent."""
-
-    def planned(self, cost: Estimate, summary: Summary) -> None:
-        """Before the engine starts."""
-
-    def started(self) -> None:
-        """The engine is up and its canary has passed."""
-
-    def progressed(self, summary: Summary) -> None:
-        """Samples have been stored, or have failed."""
 
 
 def capture(
@@ -170,20 +124,22 @@ def run_job(
         watcher.planned(cost, summary)
         for prompt in job.too_long:
             cause = f"the prompt has {len(prompt.token_ids)} tokens, the model's context {job.request.model.context}"
-            _fail(writer, summary, prompt, cause, attempts=0)
+            fail(writer, summary, prompt, cause, attempts=0)
         start = time.perf_counter()
         if running is not None:
             if running is not engine:
                 running.start(pending[0].token_ids)
             writer.provenance = running.provenance
             start = time.perf_counter()
+            run = Run(job, running, writer, summary, watcher)
             try:
                 watcher.started()
-                _Run(job, running, writer, summary, watcher).go(pending)
+                run.go(pending)
                 writer.flush()
             except KeyboardInterrupt:
                 summary.interrupted = True
             finally:
+                run.close()
                 if running is not engine:
                     running.close()
     # the writer has published what was complete, interrupted or not
@@ -208,82 +164,3 @@ def start_engine(name: str, request: Request, canary: Sequence[int]) -> Engine:
     engine = make_engine(name, request)
     engine.start(canary)
     return engine
-
-
-def _fail(writer: Writer, summary: Summary, prompt: Prompt, cause: str, attempts: int) -> None:
-    writer.fail(Failure(prompt.key, prompt.question.index, cause, attempts))
-    summary.failed += 1
-    summary.causes[prompt.key] = cause
-
-
-class _Run:
-    """One engine and one writer at work on one task."""
-
-    def __init__(self, job: Job, engine: Engine, writer: Writer, summary: Summary, watcher: Watcher) -> None:
-        self.job, self.model = job, job.request.model
-        self.engine, self.writer, self.summary, self.watcher = engine, writer, summary, watcher
-        self.sample_bytes = writer.layout.shard_bytes // writer.shard_samples
-        self.in_flight: dict[str, Prompt] = {}
-        self.shelf = Shelf(engine, writer)
-        self.attempts: dict[str, int] = {}
-
-    def go(self, pending: Sequence[Prompt]) -> None:
-        waiting: deque[Prompt] = deque()
-        blocks = self._reserve(pending)
-        while True:
-            while waiting or waiting.extend(next(blocks, ())) or waiting:
-                if not self.engine.has_room(waiting[0]):
-                    break
-                self._submit(waiting.popleft())
-            if not self.in_flight:
-                return
-            if len(self.in_flight) == len(self.shelf):
-                waiting.extend(self._settle(self.shelf.wait()))
-                continue
-            finished = [self._sample(self.in_flight[generation.key], generation) for generation in self.engine.step()]
-            waiting.extend(self._settle(self.shelf.place(finished)))
-
-    def _reserve(self, pending: Sequence[Prompt]) -> Iterator[list[Prompt]]:
-        """Prompts that no other writer works on, a block at a time."""
-        iterator = iter(pending)
-        while block := list(islice(iterator, _RESERVE)):
-            by_key = {prompt.key: prompt for prompt in block}
-            mine = self.writer.reserve(list(by_key), len(by_key))
-            self.summary.elsewhere += sum(key not in self.writer.committed for key in by_key.keys() - set(mine))
-            if mine:
-                yield [by_key[key] for key in mine]
-
-    def _submit(self, prompt: Prompt) -> None:
-        self.in_flight[prompt.key] = prompt
-        tokens = None
-        if prompt.given is not None:
-            # all is known of given text, so only what will be stored is kept
-            nothing = (0.0,) * len(prompt.given)
-            _, placed = self._sample(prompt, Generation(prompt.key, prompt.given, nothing, "given"))
-            tokens = placed.tokens_needed()
-        self.engine.submit(prompt, tokens)
-
-    def _sample(self, prompt: Prompt, generation: Generation) -> tuple[Sample, Placed]:
-        answer = self.model.decode_answer(generation.answer_ids) if generation.text is None else generation.text
-        judgement = self.job.task.judge(prompt.question, answer)
-        return make_sample(self.model, self.job.coverage, prompt, generation, answer, judgement)
-
-    def _settle(self, settled: Sequence[Settled]) -> list[Prompt]:
-        """Count what is settled. Returns the prompts to try again."""
-        retry = []
-        for sample, placed, cause in settled:
-            prompt = self.in_flight.pop(sample.key)
-            if cause is None:
-                self.summary.committed += 1
-                self.summary.correct += bool(sample.correct)
-                self.summary.tokens += sample.total_length - sample.prompt_length
-                self.summary.bytes += self.sample_bytes + len(placed.tokens) * self.writer.layout.token_bytes
-                continue
-            tried = self.attempts[sample.key] = self.attempts.get(sample.key, 0) + 1
-            if tried < _ATTEMPTS:
-                retry.append(prompt)
-            else:
-                _fail(self.writer, self.summary, prompt, cause, tried)
-        if settled:
-            self.watcher.progressed(self.summary)
-        return retry

@@ -10,6 +10,7 @@ from hiddenlake.cache import positions as rules
 from hiddenlake.cache.engines.base import Request
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.identity import GREEDY, Decoding, Identity, Sampling, sample_key
+from hiddenlake.cache.inquiry import FollowUp
 from hiddenlake.cache.model import Model, hash_weights, load_model
 from hiddenlake.cache.samples import Prompt, Question, Task
 from hiddenlake.cache.sites import SITES, parse_layers, parse_sites
@@ -25,6 +26,7 @@ class Job:
 
     prompts : in task order, those that fit the model's context.
     too_long : those that do not.
+    follow_up : the task's, or None.
     codec : of a new capture; None for none.
     """
 
@@ -34,6 +36,7 @@ class Job:
     request: Request
     prompts: tuple[Prompt, ...]
     too_long: tuple[Prompt, ...]
+    follow_up: FollowUp | None = None
     codec: str | None = None
 
 
@@ -66,6 +69,12 @@ def plan_job(
     if codec is not None and codec not in CODECS:
         raise BadInputError(f"codec {codec!r} does not exist: expected one of {', '.join(CODECS)}")
     given = _given(task, samples)
+    follow_up: FollowUp | None = getattr(task, "follow_up", None)
+    if given and follow_up is not None:
+        raise BadInputError(
+            f"task {task.name}: a model is to be asked about answers that are given: mark them before they are fed, and leave "
+            f"out `follow_up`"
+        )
     if max_new_tokens < 1:
         raise BadInputError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
     source = load_model(model, dtype)
@@ -110,9 +119,11 @@ def plan_job(
             ring_bytes=ring_bytes,
             lora=None if lora is None else str(lora),
             options=dict(options or {}),
+            ask_length=0 if follow_up is None or follow_up.served else min(source.context, follow_up.longest),
         ),
         prompts=fitting,
         too_long=tuple(p for p in prompts if _length(p) + (p.given is None) > source.context),
+        follow_up=follow_up,
         codec=codec,
     )
 

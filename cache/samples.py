@@ -43,6 +43,8 @@ class Task(Protocol):
     name : shown in captures, grids and pictures.
     rules : name and version of the judge and the exact-answer rule: part of the value identity.
     questions : in task order; `questions[i].index == i`.
+
+    A task whose judge wants a language model's help has a `follow_up` besides: see hiddenlake.cache.inquiry.FollowUp.
     """
 
     name: str

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.identity import Decoding
+from hiddenlake.cache.inquiry import Ask, Reply
 from hiddenlake.cache.model import Model
 from hiddenlake.cache.pools import Pool
 from hiddenlake.cache.positions import Tokens, wanted
@@ -23,6 +24,7 @@ class Request:
     ring_bytes : host memory in which rows may wait until their positions are known.
     lora : folder of an adapter, or None.
     options : the engine's own settings, e.g. vLLM's engine arguments.
+    ask_length : longest question about an answer that the engine may be asked, reply included, in tokens; 0 for none.
     """
 
     model: Model
@@ -35,6 +37,7 @@ class Request:
     ring_bytes: int
     lora: str | None
     options: dict[str, Any]
+    ask_length: int = 0
 
     @property
     def table(self) -> TapTable:
@@ -66,16 +69,20 @@ class Request:
 
     def check_serves(self, other: "Request") -> None:
         """Raise BadInputError where an engine that was started for this request would give other values for another."""
-        ours, theirs = self._values(), other._values()
-        if differing := [f"{name} {ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs[name]]:
+        mine, others = self._values(), other._values()
+        if differing := [f"{name} {mine[name]}, not {others[name]}" for name in mine if mine[name] != others[name]]:
             raise BadInputError(
                 f"the engine was started for another request ({'; '.join(differing)}): start one for this job's request"
             )
-        if other.max_length > self.max_length:
-            raise BadInputError(
-                f"the engine was started for sequences of up to {self.max_length} tokens, this job needs "
-                f"{other.max_length}: start one for this job's request"
-            )
+        for what, ours, theirs in (
+            ("sequences", self.max_length, other.max_length),
+            ("questions about answers", self.ask_length, other.ask_length),
+        ):
+            if theirs > ours:
+                raise BadInputError(
+                    f"the engine was started for {what} of up to {ours} tokens, this job needs {theirs}: start one for "
+                    f"this job's request"
+                )
 
     def _values(self) -> dict[str, Any]:
         return {
@@ -138,8 +145,17 @@ class Engine(Protocol):
         tokens : indices of the tokens that will be stored, ascending, where they are known already.
         """
 
+    def ask(self, key: str, token_ids: Sequence[int], ask: Ask, seed: int | None) -> None:
+        """Start to generate a reply about a sample, of which nothing is captured. One at a time a sample.
+
+        token_ids : of the question, as the model shall see it.  seed : None for greedy decoding.
+        """
+
+    def replies(self) -> list[tuple[str, Reply]]:
+        """(key, reply) of what `step` has finished since the last call."""
+
     def step(self) -> list[Generation]:
-        """Work on what was submitted; returns what has finished since the last call, perhaps nothing."""
+        """Work on what was submitted and asked; returns what was captured since the last call, perhaps nothing."""
 
     def store(self, handles: Sequence[dict[str, Any]], placements: Sequence[Placement]) -> list[tuple[str, str | None]]:
         """Start to copy finished samples' rows into shards. Returns what has been stored meanwhile, as `stored`.

@@ -1,7 +1,8 @@
 """Transformers: the reference engine. Generates a batch, then reads its activations in one teacher-forced pass."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,24 @@ import numpy as np
 from hiddenlake.cache import positions
 from hiddenlake.cache.engines import modules
 from hiddenlake.cache.engines.base import Memory, Request
+from hiddenlake.cache.engines.generating import ending, generate
 from hiddenlake.cache.errors import BadInputError, CaptureError
 from hiddenlake.cache.filling import fill
+from hiddenlake.cache.inquiry import Ask, Reply
 from hiddenlake.cache.pools import PromptPool, blocks
 from hiddenlake.cache.rows import find_fault
 from hiddenlake.cache.samples import Generation, Prompt
 from hiddenlake.cache.worker.plan import Placement
 
 _BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    key: str
+    ids: Sequence[int]
+    ask: Ask
+    seed: int | None
 
 
 class TransformersEngine:
@@ -63,6 +74,8 @@ class TransformersEngine:
         # per finished sample: token index -> row, its rows (token, element) as stored bits, and the pool of its prompt
         self._rows: dict[str, tuple[dict[int, int], np.ndarray, PromptPool | None]] = {}
         self._stored: list[tuple[str, str | None]] = []
+        self._asked: list[_Asked] = []
+        self._replies: list[tuple[str, Reply]] = []
         self.provenance = {
             "engine": "transformers",
             "transformers": transformers.__version__,
@@ -86,18 +99,25 @@ class TransformersEngine:
     def submit(self, prompt: Prompt, tokens: Sequence[int] | None = None) -> None:
         self._queue.append((prompt, tokens))
 
+    def ask(self, key: str, token_ids: Sequence[int], ask: Ask, seed: int | None) -> None:
+        self._asked.append(_Asked(key, token_ids, ask, seed))
+
+    def replies(self) -> list[tuple[str, Reply]]:
+        found, self._replies = self._replies, []
+        return found
+
     def step(self) -> list[Generation]:
+        asked, self._asked = self._asked, []
+        for alike in _batches(asked, self._batch):
+            self._replies += self._reply(alike)
         queue, self._queue = self._queue, []
         if not queue:
             return []
         prompts = [prompt for prompt, _ in queue]
-        sampling = self.request.decoding.sampling
         if prompts[0].given is not None:
             answers = [list(prompt.given) for prompt in prompts]
-        elif sampling.greedy:
-            answers = self._generate(prompts)
-        else:  # one by one, because each sample has a seed of its own
-            answers = [self._generate([prompt])[0] for prompt in prompts]
+        else:
+            answers = self._answers(prompts)
         sequences = [(*p.token_ids, *answer) for p, answer in zip(prompts, answers, strict=True)]
         lengths = [len(p.token_ids) for p in prompts]
         wanted = [
@@ -119,14 +139,21 @@ class TransformersEngine:
             self._rows[prompt.key] = row_of, block, pool
         return [self._generation(p, answer, lp) for p, answer, lp in zip(prompts, answers, logprobs, strict=True)]
 
+    def _answers(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        model, decoding = self.request.model, self.request.decoding
+        longest, sampling = decoding.max_new_tokens, decoding.sampling
+        if sampling.greedy:
+            return generate(self._model, model, [prompt.token_ids for prompt in prompts], longest, sampling)
+        answers = []
+        for prompt in prompts:  # one by one, because each sample has a seed of its own
+            seed = sampling.seed_of(prompt.question.index, prompt.sample_index)
+            answers += generate(self._model, model, [prompt.token_ids], longest, sampling, seed)
+        return answers
+
     def _generation(self, prompt: Prompt, answer: list[int], logprobs: list[float]) -> Generation:
         reason, text = "given", None
         if prompt.given is None:
-            reason = "stop" if answer[-1] in self.request.model.end_ids else "length"
-            stops = self.request.decoding.sampling.stop
-            shown = self.request.model.decode_answer(answer)
-            if ends := [shown.index(stop) for stop in stops if stop in shown]:
-                reason, text = "stop", shown[: min(ends)]
+            reason, text = ending(answer, self.request.model, self.request.decoding.sampling.stop)
         return Generation(prompt.key, tuple(answer), tuple(logprobs), reason, text)
 
     def _wanted(self, q: int, n: int) -> list[int]:
@@ -138,59 +165,17 @@ class TransformersEngine:
     def _pools(self, q: int) -> tuple[str, ...]:
         return positions.wanted(self.request.positions, self.request.tokens, q).pools
 
-    def _generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Answers, end-of-sequence token included."""
-        import torch
-        from transformers import GenerationConfig
-
-        decoding = self.request.decoding
-        sampling = decoding.sampling
-        sampled: dict[str, Any] = {"do_sample": False}
-        if not sampling.greedy:
-            [prompt] = prompts
-            torch.manual_seed(sampling.seed_of(prompt.question.index, prompt.sample_index))
-            sampled = {
-                "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-            }  # fmt: skip
-
-        model = self.request.model
-        # any id pads: the mask hides it
-        pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else model.end_ids[0]
-        width = max(len(p.token_ids) for p in prompts)
-        ids = torch.full((len(prompts), width), pad)
-        mask = torch.zeros_like(ids)
-        for i, prompt in enumerate(prompts):
-            ids[i, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
-            mask[i, width - len(prompt.token_ids) :] = 1
-        room = min(decoding.max_new_tokens, model.context - min(len(p.token_ids) for p in prompts))
-        with torch.inference_mode():
-            # a config of our own: the checkpoint's may sample or penalise
-            output = self._model.generate(
-                input_ids=ids.to(self._device),
-                attention_mask=mask.to(self._device),
-                generation_config=GenerationConfig(
-                    max_new_tokens=room,
-                    eos_token_id=list(model.end_ids),
-                    pad_token_id=pad,
-                    stop_strings=list(sampling.stop) or None,
-                    **sampled,
-                ),
-                **({"tokenizer": model.tokenizer} if sampling.stop else {}),
-            )
-        answers = []
-        for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True):
-            end = next((i + 1 for i, token in enumerate(row) if token in model.end_ids), len(row))
-            answers.append(self._until_stop(row[: min(end, model.context - len(prompt.token_ids))]))
-        return answers
-
-    def _until_stop(self, answer: list[int]) -> list[int]:
-        """The answer up to the token that completes a stop string; a batch goes on until its last answer stops."""
-        stops = self.request.decoding.sampling.stop
-        decode = self.request.model.decode_answer
-        for n in range(1, len(answer) + 1) if stops else ():
-            if any(stop in decode(answer[:n]) for stop in stops):
-                return answer[:n]
-        return answer
+    def _reply(self, asks: Sequence[_Asked]) -> list[tuple[str, Reply]]:
+        first, model = asks[0].ask, self.request.model
+        answers = generate(
+            self._model, model, [asked.ids for asked in asks], first.max_new_tokens, first.sampling, asks[0].seed
+        )
+        replies = []
+        for asked, answer in zip(asks, answers, strict=True):
+            reason, text = ending(answer, model, first.sampling.stop)
+            text = model.decode_answer(answer) if text is None else text
+            replies.append((asked.key, Reply(text, reason == "stop", len(asked.ids), len(answer))))
+        return replies
 
     def teacher_force(
         self, sequences: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
@@ -271,3 +256,16 @@ class TransformersEngine:
 
     def close(self) -> None:
         self._model = None
+
+
+def _batches(asked: Sequence[_Asked], most: int) -> Iterator[list[_Asked]]:
+    """Questions that may be answered together: drawn replies one by one, because each has a seed of its own."""
+    alike: dict[tuple[int, Any], list[_Asked]] = {}
+    for item in asked:
+        if item.seed is not None:
+            yield [item]
+        else:
+            alike.setdefault((item.ask.max_new_tokens, item.ask.sampling), []).append(item)
+    for items in alike.values():
+        for start in range(0, len(items), most):
+            yield items[start : start + most]

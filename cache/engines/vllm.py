@@ -9,6 +9,8 @@ from hiddenlake.cache.engines.ranks import Ranks
 from hiddenlake.cache.engines.vllm_canary import canary_arguments, canary_params, judge_canary
 from hiddenlake.cache.engines.vllm_config import QUEUE, configure
 from hiddenlake.cache.errors import CaptureError
+from hiddenlake.cache.identity import Sampling
+from hiddenlake.cache.inquiry import Ask, Reply
 from hiddenlake.cache.positions import wanted
 from hiddenlake.cache.samples import Generation, Prompt
 from hiddenlake.cache.worker.plan import (
@@ -28,7 +30,6 @@ class VllmEngine:
     def __init__(self, request: Request) -> None:
         setup.import_vllm()
         from vllm.lora.request import LoRARequest
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         self.request = request
         self._config, self.memory = configure(request)
@@ -40,25 +41,37 @@ class VllmEngine:
         self._ranks = self._config.parallel_config.world_size
         given = request.decoding.max_new_tokens == 0
         sampling = request.decoding.sampling
-        self._sampling = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            stop=list(sampling.stop),
-            max_tokens=max(1, request.decoding.max_new_tokens),
+        self._sampling = self._params(
+            sampling,
+            max(1, request.decoding.max_new_tokens),
             logprobs=None if given else 0,
-            detokenize=bool(sampling.stop),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            stop_token_ids=list(request.model.end_ids),
             skip_reading_prefix_cache=True,
         )
         self._lora = LoRARequest("lora", 1, request.lora) if request.lora is not None else None
         self._reserved: dict[str, int] = {}
         self._prompts: dict[str, Prompt] = {}
         self._tails: dict[str, Generation] = {}
+        self._asked: dict[str, tuple[str, int]] = {}
+        self._replies: list[tuple[str, Reply]] = []
         self._reports = Ranks(self._ranks)
         self._last: set[str] = set()
         self.provenance = setup.provenance(self._config)
+
+    def _params(self, sampling: Sampling, max_tokens: int, **settings: Any) -> Any:
+        """vLLM's SamplingParams."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop=list(sampling.stop),
+            max_tokens=max_tokens,
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            stop_token_ids=list(self.request.model.end_ids),
+            **settings,
+        )
 
     def start(self, canary: Sequence[int]) -> None:
         try:
@@ -108,9 +121,21 @@ class VllmEngine:
         self._reserved[prompt.key] = self._rows(prompt) if tokens is None else len(tokens)
         self._prompts[prompt.key] = prompt
 
+    def ask(self, key: str, token_ids: Sequence[int], ask: Ask, seed: int | None) -> None:
+        params = self._params(ask.sampling, ask.max_new_tokens, seed=seed)
+        self._engine.add_request(_ask(key), {"prompt_token_ids": list(token_ids)}, params, lora_request=self._lora)
+        self._asked[_ask(key)] = key, len(token_ids)
+
+    def replies(self) -> list[tuple[str, Reply]]:
+        found, self._replies = self._replies, []
+        return found
+
     def abort(self, keys: Sequence[str]) -> None:
         """Stop samples that are not finished, and forget them."""
-        self._engine.abort_request([*keys, *(tail for tail in map(_tail, keys) if tail in self._tails)])
+        others = [_tail(key) for key in keys if _tail(key) in self._tails]
+        others += [_ask(key) for key in keys if _ask(key) in self._asked]
+        self._engine.abort_request([*keys, *others])
+        self._replies = [reply for reply in self._replies if reply[0] not in keys]
         self._call("hiddenlake_drop", list(keys))
         for key in keys:
             self._forget(key)
@@ -133,11 +158,22 @@ class VllmEngine:
             if output.request_id in self._tails:
                 found.append(self._tails.pop(output.request_id))
                 continue
+            if output.request_id in self._asked:
+                self._replies.append(self._reply(output))
+                continue
             generation = self._generation(output)
             if generation.text is not None and self._feed_last(generation):
                 continue
             found.append(generation)
         return found
+
+    def _reply(self, output: Any) -> tuple[str, Reply]:
+        key, length = self._asked.pop(output.request_id)
+        [answer] = output.outputs
+        text = (
+            answer.text if isinstance(answer.stop_reason, str) else self.request.model.decode_answer(answer.token_ids)
+        )
+        return key, Reply(text, str(answer.finish_reason) == "stop", length, len(answer.token_ids))
 
     def _feed_last(self, generation: Generation) -> bool:
         """Whether the last token behind a stop string is being fed: the request itself ended without it."""
@@ -202,6 +238,7 @@ class VllmEngine:
         self._reserved.pop(key, None)
         self._prompts.pop(key, None)
         self._tails.pop(_tail(key), None)
+        self._asked.pop(_ask(key), None)
 
     def stats(self) -> list[dict[str, int]]:
         """What each rank counts: see CaptureExtension.hiddenlake_stats."""
@@ -214,3 +251,7 @@ class VllmEngine:
 
 def _tail(key: str) -> str:
     return f"{key}:last"
+
+
+def _ask(key: str) -> str:
+    return f"{key}:ask"

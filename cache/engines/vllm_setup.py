@@ -113,9 +113,10 @@ def engine_options(request: Request) -> dict[str, Any]:
     # off a CPU, vLLM compiles and captures graphs as shipped
     options = (CPU_OPTIONS if cpu else {"max_num_seqs": 256}) | given
     sampling = request.decoding.sampling
-    # a captured request never reads the prefix cache; only what feeds a last token behind a stop string does
-    options.setdefault("enable_prefix_caching", bool(sampling.stop))
-    if cpu and not sampling.greedy:
+    # a captured request never reads the prefix cache; what feeds a last token behind a stop string does, and questions
+    # about answers, which begin alike
+    options.setdefault("enable_prefix_caching", bool(sampling.stop or request.ask_length))
+    if cpu and (request.ask_length or not sampling.greedy):
         options |= _whole_prompts(request)
     if request.lora is not None:
         options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": check_adapter(request.lora, request.model)}
@@ -125,14 +126,14 @@ def engine_options(request: Request) -> dict[str, Any]:
 def longest_sequence(request: Request) -> int:
     """Tokens for which vLLM must have positions."""
     # one position more than the answer needs, since the last token is fed too; and room for a canary of one token
-    return min(request.model.context, max(request.max_length, 1 + CANARY_TOKENS) + 1)
+    return min(request.model.context, max(request.max_length, request.ask_length, 1 + CANARY_TOKENS) + 1)
 
 
 def _whole_prompts(request: Request) -> dict[str, Any]:
     """vLLM 0.32 rewinds a seeded generator behind a part of a prompt, which CPU generators cannot."""
     longest = longest_sequence(request)
     budget = request.options.get("max_num_batched_tokens", max(4096, longest))
-    why = "on a CPU, vLLM cannot take the prompts of sampled answers in parts"
+    why = "on a CPU, vLLM cannot take the prompts of sampled answers, or of replies, in parts"
     if request.options.get("enable_chunked_prefill"):
         raise CaptureError(f"vLLM's enable_chunked_prefill=True: {why}; leave it out")
     if budget < longest:
