@@ -52,6 +52,7 @@ def paper_job(
     data: str | Path | None = None,
     limit: int | None = None,
     strict: bool = False,
+    extractor: str | None = None,
     sites: Sequence[str] = ("mlp_out",),
     layers: str | Sequence[int] = "all",
     positions: Sequence[str] | None = None,
@@ -61,12 +62,12 @@ def paper_job(
 ) -> Job:
     """What the paper asks of a model for one task: its prompts, positions and longest answers.
 
-    data, limit, strict : see `paper_task`.  sites, layers, dtype, options : see `plan_job`.
+    data, limit, strict, extractor : see `paper_task`.  sites, layers, dtype, options : see `plan_job`.
     positions : the columns of the task's heatmap by default.
     samples : so many answers a question, as the paper draws them again; None for the greedy one. All are as long as the
         greedy ones may be, where the paper cuts those of `math` at 100 tokens.
     """
-    found = paper_task(task, load_model(model, dtype), data, limit, strict)
+    found = paper_task(task, load_model(model, dtype), data, limit, strict, extractor)
     return plan_job(
         model,
         found,

@@ -10,6 +10,7 @@ from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cli_output import Json, print_table, talk
 
 if TYPE_CHECKING:
+    from hiddenlake.cache.job import Job
     from hiddenlake.probing.experiments.table import Table
 
 app = typer.Typer(help="The experiments of 'LLMs Know More Than They Show', by any model.", no_args_is_help=True)
@@ -26,6 +27,13 @@ Out = Annotated[Path, typer.Option(help="Folder for the lake, the grids and the 
 Data = Annotated[Path | None, typer.Option(help="The data set's file; by default it comes from the hub.")]
 Limit = Annotated[int | None, typer.Option(help="Only the first so many questions.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Judge by whole words and numbers, not by substrings.")]
+Extractor = Annotated[
+    str | None,
+    typer.Option(
+        help="Who finds the exact answer in a wrong one: `same` for the model itself, http://HOST/v1 for another on an "
+        "OpenAI-compatible server, `none`. Default: `same` where any text may be an answer."
+    ),
+]
 Site = Annotated[str, typer.Option(help="Which site's activations.")]
 Engine = Annotated[str, typer.Option(help="`vllm`, or `transformers`, the slower reference.")]
 Dtype = Annotated[str | None, typer.Option(help="`bfloat16`, `float16` or `float32`; default the checkpoint's own.")]
@@ -47,6 +55,7 @@ def heatmap_command(
     reference: Annotated[Path | None, typer.Option(help="A published grid (CSV) to draw beside it.")] = None,
     compat: Annotated[str | None, typer.Option(help="`llmsknow`: the paper's fit to the letter.")] = None,
     strict: Strict = False,
+    extractor: Extractor = None,
     engine: Engine = "vllm",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -55,16 +64,15 @@ def heatmap_command(
 
     Captures what is not captured yet, fits a probe in every cell, and draws the grid.
     """
-    from hiddenlake.cache.progress import ProgressBar, counted
+    from hiddenlake.cache.progress import counted
     from hiddenlake.probing.experiments.heatmap import by_position, heatmap
-    from hiddenlake.probing.experiments.places import capture_task, paper_job, place_of
+    from hiddenlake.probing.experiments.places import paper_job, place_of
     from hiddenlake.probing.grid import best_cell
 
     _check_compat(compat)
-    job = paper_job(task, model, data=data, limit=limit, strict=strict, sites=(site,), dtype=dtype)
+    job = paper_job(task, model, data=data, limit=limit, strict=strict, extractor=extractor, sites=(site,), dtype=dtype)
     place = place_of(out, job)
-    with ProgressBar() as bar:
-        capture_task(job, place.capture, engine=engine, watcher=bar)
+    _capture(job, place.capture, engine)
     with counted(f"probing {site}") as progress:
         grid, pictures = heatmap(place, site, compat=compat, reference=reference, progress=progress)
     rows, best = by_position(grid), best_cell(grid)
@@ -97,6 +105,7 @@ def detect_command(
         bool, typer.Option("--p-true", help="Also ask the model whether its answer is true: 8 short prompts an answer.")
     ] = False,
     strict: Strict = False,
+    extractor: Extractor = None,
     engine: Engine = "vllm",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -106,12 +115,11 @@ def detect_command(
     from hiddenlake.cache.store.reader import open_capture
     from hiddenlake.probing.experiments.detect import comparable, detect
     from hiddenlake.probing.experiments.p_true import p_true as ask_p_true
-    from hiddenlake.probing.experiments.places import capture_task, paper_job, place_of
+    from hiddenlake.probing.experiments.places import paper_job, place_of
 
-    job = paper_job(task, model, data=data, limit=limit, strict=strict, sites=(site,), dtype=dtype)
+    job = paper_job(task, model, data=data, limit=limit, strict=strict, extractor=extractor, sites=(site,), dtype=dtype)
     place = place_of(out, job)
-    with ProgressBar() as bar:
-        capture_task(job, place.capture, engine=engine, watcher=bar)
+    _capture(job, place.capture, engine)
     found, named, odds = open_capture(place.capture).dataset(), positions.split(","), None
     if p_true:
         usable, _ = comparable(found, named)
@@ -141,6 +149,7 @@ def error_types_command(
     position: Annotated[str | None, typer.Option(help="Of the probes; by default the best one, nested.")] = None,
     compat: Compat = None,
     strict: Strict = False,
+    extractor: Extractor = None,
     engine: Engine = "vllm",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -149,17 +158,16 @@ def error_types_command(
     from hiddenlake.cache.progress import ProgressBar, counted
     from hiddenlake.cache.store.reader import open_capture
     from hiddenlake.probing.experiments.error_types import error_types
-    from hiddenlake.probing.experiments.places import LEAST, capture_task, paper_job, place_of
+    from hiddenlake.probing.experiments.places import LEAST, paper_job, place_of
     from hiddenlake.probing.experiments.resamples import read_resamples, resample
 
     _check_compat(compat)
     if (layer is None) != (position is None):
         raise BadInputError("--layer and --position name one cell together: give both, or none")
-    asked = {"data": data, "limit": limit, "strict": strict, "dtype": dtype}
+    asked = {"data": data, "limit": limit, "strict": strict, "extractor": extractor, "dtype": dtype}
     job = paper_job(task, model, sites=(site,), **asked)
     place = place_of(out, job)
-    with ProgressBar() as bar:
-        capture_task(job, place.capture, engine=engine, watcher=bar)
+    _capture(job, place.capture, engine)
     more = paper_job(task, model, samples=k, **LEAST, **asked)
     with ProgressBar() as bar:
         drawn = resample(place, more, "resampled", engine=engine, watcher=bar)
@@ -184,6 +192,7 @@ def choose_command(
     layer: Annotated[int | None, typer.Option(help="Of the probe; by default the best one, nested.")] = None,
     compat: Compat = None,
     strict: Strict = False,
+    extractor: Extractor = None,
     engine: Engine = "vllm",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -192,15 +201,14 @@ def choose_command(
     from hiddenlake.cache.progress import ProgressBar, counted
     from hiddenlake.cache.store.reader import open_capture
     from hiddenlake.probing.experiments.choose import choose, layers_of
-    from hiddenlake.probing.experiments.places import capture_task, paper_job, place_of
+    from hiddenlake.probing.experiments.places import paper_job, place_of
     from hiddenlake.probing.experiments.resamples import resample
 
     _check_compat(compat)
-    asked = {"data": data, "limit": limit, "strict": strict, "dtype": dtype, "sites": (site,)}
+    asked = {"data": data, "limit": limit, "strict": strict, "extractor": extractor, "dtype": dtype, "sites": (site,)}
     job = paper_job(task, model, **asked)
     place = place_of(out, job)
-    with ProgressBar() as bar:
-        capture_task(job, place.capture, engine=engine, watcher=bar)
+    _capture(job, place.capture, engine)
     greedy = open_capture(place.capture).dataset()
     with counted("choosing a layer") as progress:
         layers = layers_of(greedy, site, position, layer=layer, progress=progress)
@@ -248,6 +256,20 @@ def transfer_command(
 def _check_compat(compat: str | None) -> None:
     if compat not in (None, "llmsknow"):
         raise BadInputError(f"--compat {compat!r} does not exist: expected `llmsknow`")
+
+
+def _capture(job: "Job", out: Path, engine: str) -> None:
+    """Capture what is left of it, and say what a language model was asked for it."""
+    from hiddenlake.cache.progress import ProgressBar
+    from hiddenlake.probing.experiments.places import capture_task
+
+    with ProgressBar() as bar:
+        asked = capture_task(job, out, engine=engine, watcher=bar).asked
+    if asked.questions or asked.too_long:
+        talk(
+            f"{asked.questions} questions about answers were put to a model ({asked.prompt_tokens} tokens to read, "
+            f"{asked.tokens} replied); {asked.too_long} were too long to be asked"
+        )
 
 
 def _show(table: "Table", path: Path, as_json: bool) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from hiddenlake.cache.chat_server import find_served
 from hiddenlake.cache.errors import BadInputError, HiddenlakeError, UnknownNameError
 from hiddenlake.cache.model import Model
 from hiddenlake.cache.samples import Judgement, Question
 from hiddenlake.cache.spans import find_ignoring_case
-from hiddenlake.probing.tasks.paper import judges, prompts, readers
+from hiddenlake.probing.tasks.paper import extraction, judges, prompts, readers
+from hiddenlake.probing.tasks.paper.extraction import Extraction, Shot
 from hiddenlake.probing.tasks.paper.judges import Judge, find_words
 from hiddenlake.probing.tasks.paper.prompts import Prompt, Row, Style
 from hiddenlake.probing.tasks.paper.readers import Reader
@@ -39,6 +41,8 @@ class DataSet:
     hub : where it lies, None where it does not.  source : what to say then.
     draw : which rows, in which order, given how many there are.
     max_new_tokens : of an answer.  positions : the columns of its heatmap.
+    shots : how exact answers are extracted by a language model; none where the judge knows all that can be answered.
+    model_judges : whether one also says if an answer is right in which the gold one was not found.
     """
 
     reader: Reader
@@ -50,6 +54,8 @@ class DataSet:
     draw: Callable[[int], Sequence[int]] = range
     max_new_tokens: int = 100
     positions: tuple[str, ...] = (*_HEATMAP, *_EXACT, *_LAST)
+    shots: tuple[Shot, ...] = ()
+    model_judges: bool = False
 
 
 def _split(n: int) -> Sequence[int]:
@@ -76,25 +82,28 @@ _HOTPOTQA = ("hotpotqa/hotpot_qa", "distractor", "train")
 
 DATA_SETS: dict[str, DataSet] = {
     "triviaqa": DataSet(
-        readers.triviaqa, prompts.plain, _gold(find_ignoring_case), _gold(find_words), _TRIVIAQA, draw=_split
+        readers.triviaqa, prompts.plain, _gold(find_ignoring_case), _gold(find_words), _TRIVIAQA, draw=_split,
+        shots=extraction.FACTS,
     ),
     "hotpotqa": DataSet(
-        readers.hotpotqa, prompts.plain, _gold(find_ignoring_case), _gold(find_words), _HOTPOTQA, draw=_shuffled
+        readers.hotpotqa, prompts.plain, _gold(find_ignoring_case), _gold(find_words), _HOTPOTQA, draw=_shuffled,
+        shots=extraction.FACTS,
     ),
     "hotpotqa_with_context": DataSet(
-        readers.hotpotqa, prompts.with_context, _gold(find_ignoring_case), _gold(find_words), _HOTPOTQA, draw=_shuffled
+        readers.hotpotqa, prompts.with_context, _gold(find_ignoring_case), _gold(find_words), _HOTPOTQA, draw=_shuffled,
+        shots=extraction.FACTS,
     ),
     "natural_questions_with_context": DataSet(
         readers.natural_questions, prompts.natural_questions, _gold(find_ignoring_case), _gold(find_words),
-        source=f"nq_wc_dataset.csv in {_PAPERS}",
+        source=f"nq_wc_dataset.csv in {_PAPERS}", shots=extraction.FACTS, model_judges=True,
     ),
     "movies": DataSet(
         readers.movies, prompts.plain, _gold(find_ignoring_case), _gold(find_words),
-        source=f"movie_qa_train.csv in {_PAPERS}",
+        source=f"movie_qa_train.csv in {_PAPERS}", shots=extraction.ROLES,
     ),
     "math": DataSet(
         readers.math, prompts.math, _always(judges.math), _always(judges.math_strict),
-        source=f"AnswerableMath.csv in {_PAPERS}", max_new_tokens=200,
+        source=f"AnswerableMath.csv in {_PAPERS}", max_new_tokens=200, shots=extraction.NUMBERS,
     ),
     "winobias": DataSet(
         readers.winobias, prompts.winobias, _always(judges.comes_first(find_ignoring_case)),
@@ -119,6 +128,7 @@ class PaperTask:
     """One data set, asked of one kind of model.
 
     stop : strings at which an answer ends: a model without a chat template would go on with the next question.
+    follow_up : how a language model finds exact answers; None where none is asked.
     """
 
     name: str
@@ -126,6 +136,7 @@ class PaperTask:
     questions: tuple[Question, ...]
     digest: str
     stop: tuple[str, ...]
+    follow_up: Extraction | None
     data_set: DataSet = field(repr=False, compare=False)
     _judge: Judge = field(repr=False, compare=False)
 
@@ -135,14 +146,22 @@ class PaperTask:
 
 
 def paper_task(
-    name: str, model: Model, data: str | Path | None = None, limit: int | None = None, strict: bool = False
+    name: str,
+    model: Model,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    strict: bool = False,
+    extractor: str | None = None,
 ) -> PaperTask:
     """A task of the paper, its first `limit` rows.
 
     data : a file in one of the formats that the reader of the data set names; by default it comes from the hub.
     strict : gold answers are whole words, and numbers have their value, which the paper does not ask for.
+    extractor : who finds the exact answer where the judge found none: `same` for the model that answers, the address of an
+        OpenAI-compatible server for another, `none` for nobody, so that wrong answers have none. By default `same`
+        where any text may be an answer; of the other tasks the judge knows all answers, and nobody is asked.
 
-    Raises UnknownNameError, BadInputError.
+    Raises UnknownNameError, BadInputError, and CaptureError for a server that does not answer.
     """
     if name not in DATA_SETS:
         raise UnknownNameError(f"unknown task {name!r}: expected one of {', '.join(DATA_SETS)}")
@@ -161,7 +180,23 @@ def paper_task(
     )
     judge = (data_set.strict if strict else data_set.judge)(style)
     rules = f"llmsknow {name}{' strict' if strict else ''}/{_RULES}"
-    return PaperTask(name, rules, questions, digest(questions), () if style.chat else ("\n",), data_set, judge)
+    stop = () if style.chat else ("\n",)
+    follow_up = _follow_up(name, data_set, rows, stop, extractor)
+    if follow_up is not None:
+        by = follow_up.served.name if follow_up.served else "the model itself"
+        rules += f", exact answers extracted by {by}/{extraction.RULES}"
+    return PaperTask(name, rules, questions, digest(questions), stop, follow_up, data_set, judge)
+
+
+def _follow_up(
+    name: str, data_set: DataSet, rows: Sequence[Row], stop: tuple[str, ...], extractor: str | None
+) -> Extraction | None:
+    if extractor == "none" or (extractor is None and not data_set.shots):
+        return None
+    if not data_set.shots:
+        raise BadInputError(f"the judge of {name} knows all of its answers: leave the extractor {extractor!r} out")
+    served = find_served(extractor) if extractor not in (None, "same") else None
+    return Extraction(tuple(row.question for row in rows), data_set.shots, data_set.model_judges, stop, served)
 
 
 def _rows(name: str, data_set: DataSet, data: str | Path | None) -> Iterator[Row]:
