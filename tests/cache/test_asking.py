@@ -164,19 +164,26 @@ def test_given_answers_are_not_asked_about(tiny_model):
         plan(tiny_model, task)
 
 
-def test_questions_of_other_kinds_are_not_batched_together(tiny_model):
+def test_questions_are_batched_with_their_like_only(tiny_model):
     request = plan(tiny_model, Task(Words())).request
     engine = TransformersEngine(request)
     engine.start(())
-    _, ids = request.model.encode("Say something")
+    prompts = [request.model.encode(f"Say {'something ' * i}")[1] for i in range(5)]
     asks = [Ask("", 4), Ask("", 4, Sampling(stop=("e",))), Ask("", 6), Ask("", 6, Sampling(1.0, seed=3)), Ask("", 4)]
-    for i, ask in enumerate(asks):
-        engine.ask(str(i), ids, ask, ask.sampling.seed_of(0, 0))
-    assert engine.step() == []
-    replies = dict(engine.replies())
-    assert len(replies) == 5 and engine.replies() == []
-    assert replies["0"] == replies["4"] and replies["2"].text.startswith(replies["0"].text)
-    assert (replies["0"].tokens, replies["2"].tokens) == (4, 6) and "e" not in replies["1"].text
+
+    def replies(chosen):
+        for i in chosen:
+            engine.ask(str(i), prompts[i], asks[i], asks[i].sampling.seed_of(0, 0))
+        assert engine.step() == []
+        found = dict(engine.replies())
+        assert len(found) == len(chosen) and engine.replies() == []
+        return found
+
+    together = replies(range(5))
+    assert [together[str(i)].tokens for i in (0, 2, 3, 4)] == [4, 6, 6, 4] and "e" not in together["1"].text
+    assert [together[str(i)].prompt_tokens for i in range(5)] == [len(prompt) for prompt in prompts]
+    for i in range(5):
+        assert replies([i]) == {str(i): together[str(i)]}, "alone as in the batch"
     with pytest.raises(BadInputError, match="max_new_tokens of a reply is 0"):
         Ask("", 0)
 
