@@ -7,6 +7,7 @@ import numpy as np
 
 from hiddenlake.cache.errors import ProbeError
 from hiddenlake.probing.controls import shuffle_labels
+from hiddenlake.probing.solvers.cuml import solve_cuml
 from hiddenlake.probing.solvers.newton import solve_newton
 from hiddenlake.probing.solvers.penalised import solve_penalised
 from hiddenlake.probing.solvers.penalty import check_penalty
@@ -21,11 +22,13 @@ SOLVERS: dict[str, Solver] = {
     "auto": solve_newton,
     "newton": solve_newton,
     "sklearn": solve_scikit,
+    "cuml": solve_cuml,
 }
 # Of penalties with an l1 part.
 L1_SOLVERS: dict[str, Solver] = {
     "auto": solve_penalised,
     "sklearn": solve_penalised,
+    "cuml": solve_cuml,
 }
 
 
