@@ -34,7 +34,11 @@ class Asker(Protocol):
 
 
 class EngineAsker:
-    """The engine that captures is asked, and batches replies with captures."""
+    """The engine that captures is asked, and batches replies with captures.
+
+    A sample in flight is one request at a time, its answer or a question about it, so that a ring full of samples that wait
+    for replies leaves the engine as much to do as one full of answers.
+    """
 
     steps = True
 
