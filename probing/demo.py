@@ -19,6 +19,7 @@ from hiddenlake.cache.progress import ProgressBar, counted, size
 from hiddenlake.cache.store.reader import Capture, open_capture
 from hiddenlake.probing.grid import best_cell, fit_grid, save_grid
 from hiddenlake.probing.plots import draw_heatmap
+from hiddenlake.probing.report.page import check_ready, write_report
 from hiddenlake.probing.tasks.registry import load_task
 
 SITES = ("mlp_out", "resid_post")
@@ -32,9 +33,10 @@ PLAIN_SAMPLES = 200
 def run_demo(out: Path, samples: int = 1000) -> dict[str, Any]:
     """Capture `cities`, fit a grid a site, draw them, print a table, and write `summary.json`.
 
-    out : folder for `lake/cities`, `grids/<site>.zarr`, `<site>.png` and `summary.json`. A finished demo is
+    out : folder for `lake/cities`, `grids/<site>.zarr`, `<site>.png`, `report.html` and `summary.json`. A finished demo is
         made anew, since its rates are measured; an interrupted one goes on.
     """
+    report = check_ready(out / "report.html")
     lake = out / "lake" / "cities"
     if (out / "summary.json").exists():
         _say(f"{out} holds a finished demo: it is made anew")
@@ -46,6 +48,8 @@ def run_demo(out: Path, samples: int = 1000) -> dict[str, Any]:
     summary |= {"accuracy": float(correct.mean()), "samples": len(capture), "sites": {}}
     for site in SITES:
         summary["sites"][site] = _probe(capture, site, out)
+    _say("writing the report")
+    write_report(capture, [out / "grids" / f"{site}.zarr" for site in SITES], report)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     _print(summary, out)
     return summary
@@ -125,5 +129,6 @@ def _print(summary: dict[str, Any], out: Path) -> None:
         table.add_row("  shuffled labels, all cells", f"{found['shuffled_auc']:.3f}")
         table.add_row("  largest gap bound", f"{found['max_gap_bound']:.2e}")
         table.add_row("  picture", str(out / f"{site}.png"))
+    table.add_row("report", str(out / "report.html"))
     # a file or a pipe has no width: nothing is to be cut there
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

@@ -72,7 +72,7 @@ def make_part(capture: Capture, grid: xr.Dataset, number: int) -> Part:
     check_grid(capture, grid)
     attrs, (positive, negative) = grid.attrs, facts.classes(grid)
     compat = attrs.get("compat", "none")
-    name = f"{attrs['site']}: {attrs['positive_class']} (label {attrs['label']}, groups {attrs['groups']})"
+    name = f"{attrs['site']}: {attrs['positive_class']} (label {attrs['label']}; groups: {attrs['groups']})"
     reason = f"With compat {compat} there is one validation set, and most samples have no held-out probability."
     return Part(
         id=f"grid-{number}",

@@ -397,9 +397,9 @@ def heatmap_command(
 
 @app.command("demo")
 def demo_command(
-    out: Annotated[Path, typer.Option(help="Folder for the lake, the grids, the pictures and summary.json.")] = Path(
-        "demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the lake, the grids, the pictures, report.html and summary.json.")
+    ] = Path("demo"),
     samples: Annotated[int, typer.Option(help="Questions to ask.")] = 1000,
 ) -> None:
     """The main job: 1,000 answers of a real model, captured, probed and drawn."""

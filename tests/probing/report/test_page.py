@@ -228,7 +228,7 @@ def test_several_grids_have_parts_of_their_own(capture, grid, tmp_path):
     assert len(parsed.named("h2")) == 4 and len(figures(parsed)) == 10
     heads = parsed.named("p", **{"class": "headline"})
     assert "No shuffled labels were fitted" in heads[1] and "3 shuffles" in heads[0]
-    assert "groups gold" in parsed.named("h2")[1]
+    assert "groups: gold" in parsed.named("h2")[1]
     assert not list((tmp_path / "deep").glob(".*"))
     assert open_grid(saved[1]).attrs["groups"] == "gold"
 
