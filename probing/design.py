@@ -144,7 +144,8 @@ def make_design(
     )
     design.fold[kept] = make_folds(positive[kept], n_folds=cv, groups=groups[kept], seed=seed)
     design.labels[0] = positive
-    design.labels[1:, kept] = shuffle_labels(positive[kept], names[kept], n=shuffles, seed=seed)
+    together = None if design.group is None else groups[kept]
+    design.labels[1:, kept] = shuffle_labels(positive[kept], names[kept], groups=together, n=shuffles, seed=seed)
     return design
 
 

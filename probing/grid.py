@@ -1,5 +1,6 @@
 """Grid: probe metrics over layer x position of one capture and site, with the controls a reader expects."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from hiddenlake.cache.errors import ProbeError
+from hiddenlake.cache.errors import ProbeError, UnknownNameError
 from hiddenlake.probing.compat import MAX_TOKENS
+from hiddenlake.probing.controls import CONTROLS, control_task, place_features, random_features, token_types
 from hiddenlake.probing.fit import fit_probes
 from hiddenlake.probing.inference import false_discovery_rate, max_t, nested_choice
 from hiddenlake.probing.saving import open_grid, save_grid
@@ -17,7 +19,7 @@ from hiddenlake.probing.selection import Selection, select
 from hiddenlake.probing.sweep import Progress
 from hiddenlake.probing.weights import ClassWeight
 
-__all__ = ["BestCell", "at_one_C", "best_cell", "fit_grid", "open_grid", "save_grid"]
+__all__ = ["BestCell", "at_one_C", "best_cell", "controls_at", "fit_grid", "open_grid", "save_grid"]
 
 
 def fit_grid(
@@ -38,6 +40,7 @@ def fit_grid(
     tol: float = 1e-6,
     shuffles: int = 1,
     nested: bool = True,
+    controls: Collection[str] = CONTROLS,
     seed: int = 0,
     compat: str | None = None,
     checkpoint: str | Path | None = None,
@@ -52,14 +55,18 @@ def fit_grid(
     groups : a per-sample column whose equal values stay on one side of every split, `gold` for the first
         gold answer, or None for the task's questions. A sample whose group is empty is its question.
     layers, positions : only these; all by default.
+    controls : which of CONTROLS are fitted beside the cells; with compat all but `task`.
 
     The other arguments are those of fit_probes. A cell's samples are those whose token exists and lies in
     the answer; `last_q` and poolings need no answer. With compat="llmsknow" they are the paper's.
 
     Returns the Dataset of fit_probes and, over (layer, position): the number of samples of each class
     (n_correct, n_wrong), the share of them with a valid exact answer (valid_share_correct, ...), and the
-    share of the class that is in the cell (kept_share_correct, ...). Over (position, C): token_auc,
-    token_auc_lo, token_auc_hi, the same probe on `embed`, which knows the token and nothing else. With shuffles, over
+    share of the class that is in the cell (kept_share_correct, ...). Over (position, C), each
+    with its interval (_lo, _hi), the same probe on what knows less: token_auc, on `embed`, which knows the token and nothing
+    else; random_auc, on a random vector for each token (controls.random_features); place_auc, on where the token stands and
+    how long prompt and answer are (controls.place_features). Over (layer, position, C): control_task_auc, of labels that are
+    a function of the token alone (controls.control_task), and selectivity, by how much auc is above it. With shuffles, over
     (layer, position, C): q, the false discovery rate at which a cell is above chance. attrs say what was fitted, the
     best cell, and what being the best of many is worth: nested_auc, nested_auc_lo, nested_auc_hi, where layer, position and C
     are chosen on inner folds (nested_layers, nested_positions, nested_C of each fold), and with shuffles the best cell's
@@ -73,8 +80,13 @@ def fit_grid(
     data, keep = chosen.data, chosen.labelled.copy()
     if compat is not None:
         keep &= data.exact_answer_valid.values.astype(bool) & (data.total_length.values <= MAX_TOKENS)
-    n_layers, n_positions = data.sizes["layer"], data.sizes["position"]
-    n_cells = (n_layers + 1) * n_positions
+    if unknown := sorted(set(controls) - set(CONTROLS)):
+        raise UnknownNameError(f"unknown controls {', '.join(unknown)}: expected some of {', '.join(CONTROLS)}")
+    features = _features(chosen, controls, seed)
+    others = {}
+    if "task" in controls and compat is None:
+        others["control_task"] = control_task(token_types(data), chosen.positive, chosen.mask & keep, seed=seed)
+    n_cells = (data.sizes["layer"] + len(features)) * data.sizes["position"]
     shared = {
         "C": C,
         "cv": cv,
@@ -96,20 +108,25 @@ def fit_grid(
         data[chosen.site],
         chosen.positive,
         shuffles=shuffles,
+        others=others,
         nested=nested,
         progress=progress and (lambda done, _: progress(done, n_cells)),
         **shared,
     )
-    control = fit_probes(
-        data["embed"],
-        chosen.positive,
-        shuffles=0,
-        progress=progress and (lambda done, _: progress(n_layers * n_positions + done, n_cells)),
-        **shared,
-    )
-    for name in ("auc", "auc_lo", "auc_hi"):
-        grid[f"token_{name}"] = control[name].isel(layer=0, drop=True)
-    grid.attrs["token_converged"] = bool(control.converged.where(control.auc.notnull(), True).all())
+    for k, (name, (values, mask)) in enumerate(features.items()):
+        before = (data.sizes["layer"] + k) * data.sizes["position"]
+        control = fit_probes(
+            values,
+            chosen.positive,
+            shuffles=0,
+            progress=progress and (lambda done, _, before=before: progress(before + done, n_cells)),
+            **shared | {"mask": mask},
+        )
+        for value in ("auc", "auc_lo", "auc_hi"):
+            grid[f"{name}_{value}"] = control[value].isel(layer=0, drop=True)
+        grid.attrs[f"{name}_converged"] = bool(control.converged.where(control.auc.notnull(), True).all())
+    if others:
+        grid = _with_selectivity(grid)
     _add_classes(grid, chosen, compat)
     grid.attrs |= {
         "model": str(data.attrs.get("model", "")),
@@ -126,6 +143,10 @@ def fit_grid(
     }
     _note_best(grid)
     return grid
+
+
+# Of what a probe is compared with at its token.
+CONTROL_AUCS = ("token_auc", "random_auc", "place_auc", "control_task_auc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +184,37 @@ def at_one_C(grid: xr.Dataset) -> xr.Dataset:
     if "C" not in grid.dims:
         return grid
     return grid.isel(C=0) if grid.sizes["C"] == 1 else grid.sel(C=best_cell(grid).C)
+
+
+def controls_at(grid: xr.Dataset, layer: int, position: str) -> dict[str, float]:
+    """What each control reaches at one cell, of a grid without its axis C: name -> AUC, NaN where it could not be fitted."""
+    at = grid.sel(layer=layer, position=position)
+    return {name: float(at[name]) for name in CONTROL_AUCS if name in grid}
+
+
+def _features(chosen: Selection, controls: Collection[str], seed: int) -> dict[str, tuple[xr.DataArray, np.ndarray]]:
+    """What the probes of each control see, (position, sample, hidden), and of which samples, (position, sample) bool."""
+    data, found = chosen.data, {}
+    if "token" in controls:
+        found["token"] = data["embed"], chosen.mask
+    if "place" in controls:
+        found["place"] = place_features(data), chosen.mask
+    if "random" in controls:
+        types, width = token_types(data), data[chosen.site].shape[-1]
+        found["random"] = (
+            random_features(types, width, seed=seed, positions=data.position.values),
+            chosen.mask & (types >= 0),
+        )
+    return found
+
+
+def _with_selectivity(grid: xr.Dataset) -> xr.Dataset:
+    """control_task_auc and selectivity, over the folds in which both classes of the control task are on both sides."""
+    task, real = (grid.fold_auc.sel(label_set=name, drop=True) for name in ("control_task", "label"))
+    grid = grid.sel(label_set=grid.label_set != "control_task")
+    grid["control_task_auc"] = task.mean("fold")
+    grid["selectivity"] = (real - task).mean("fold")
+    return grid
 
 
 def _note_best(grid: xr.Dataset) -> None:

@@ -69,7 +69,8 @@ def fit_multiclass(
     labels, fold = np.zeros((1 + shuffles, n), int), np.full(n, -1)
     fold[kept] = make_folds(truth[kept], n_folds=cv, groups=group_names[kept], seed=seed)
     labels[0] = truth
-    labels[1:, kept] = shuffle_labels(truth[kept], names[kept], n=shuffles, seed=seed)
+    together = None if repeating(group_names, kept) is None else group_names[kept]
+    labels[1:, kept] = shuffle_labels(truth[kept], names[kept], groups=together, n=shuffles, seed=seed)
     design = ClassDesign(
         labels=labels, classes=classes, multiclass=multiclass, fold=fold, n_folds=cv,
         C=np.atleast_1d(np.asarray(C, np.float64)), group=repeating(group_names, kept), scale=scale, tol=tol,

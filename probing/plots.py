@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from hiddenlake.cache.errors import BadInputError, UnknownNameError
 from hiddenlake.cache.positions import PAPER
-from hiddenlake.probing.grid import BestCell, at_one_C, best_cell
+from hiddenlake.probing.grid import BestCell, at_one_C, best_cell, controls_at
 from hiddenlake.probing.reference import compare_to_csv
 
 SUFFIXES = (".svg", ".pdf", ".png")
@@ -164,6 +164,14 @@ def _caption(figure: Figure, axes: list[Axes], words: str) -> None:
     )
 
 
+_CONTROLS = {
+    "token_auc": "token identity alone (embed)",
+    "random_auc": "a random vector for each token",
+    "place_auc": "place and lengths alone",
+    "control_task_auc": "random labels by token",
+}
+
+
 def _facts(grid: xr.Dataset, best: BestCell, values: xr.DataArray, metric: str) -> str:
     attrs = grid.attrs
     fitted = grid.auc.notnull()
@@ -183,8 +191,10 @@ def _facts(grid: xr.Dataset, best: BestCell, values: xr.DataArray, metric: str) 
             f"Chosen on inner folds: {attrs['nested_auc']:.3f} (95\u00a0% {attrs['nested_auc_lo']:.3f} to "
             f"{attrs['nested_auc_hi']:.3f})."
         )
-    if "token_auc" in grid:
-        words.append(f"Token identity alone (embed) at that token: {float(here.token_auc):.3f}.")
+    if controls := [
+        f"{_CONTROLS[name]} {auc:.3f}" for name, auc in controls_at(grid, best.layer, best.position).items()
+    ]:
+        words.append(f"At that token: {', '.join(controls)}.")
     if "shuffled_auc" in grid:
         shuffled = grid.shuffled_auc
         words.append(f"Shuffled labels: mean {float(shuffled.mean()):.3f}, largest {float(shuffled.max()):.3f}.")

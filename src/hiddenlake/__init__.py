@@ -33,6 +33,7 @@ _WHERE = {
     "open_grid": "hiddenlake.probing.grid",
     "save_grid": "hiddenlake.probing.grid",
     "best_cell": "hiddenlake.probing.grid",
+    "held_out": "hiddenlake.probing.held_out",
     "draw_heatmap": "hiddenlake.probing.plots",
     "write_report": "hiddenlake.probing.report.page",
     "Sampling": "hiddenlake.cache.identity",

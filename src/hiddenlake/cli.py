@@ -283,7 +283,13 @@ def probe_command(
     C: Annotated[str, typer.Option("--C", help="Inverse regularisation strengths, by comma.")] = "0.01",
     scale: Annotated[str, typer.Option(help="`none`, `rms` or `feature`, fitted in the fold.")] = "feature",
     shuffles: Annotated[int, typer.Option(help="Shuffled-label controls a cell.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of folds and shuffles.")] = 0,
+    nested: Annotated[
+        bool, typer.Option(help="Also choose the cell on inner folds, and score it on data that did not choose it.")
+    ] = True,
+    controls: Annotated[
+        str, typer.Option(help="`all`, `none`, or some of token, place, random, task, by comma.")
+    ] = "all",
+    seed: Annotated[int, typer.Option(help="Of folds, shuffles and controls.")] = 0,
     class_weight: Annotated[
         str | None, typer.Option(help="`balanced`: both classes weigh alike in a fit, however rare one is.")
     ] = None,
@@ -303,7 +309,8 @@ def probe_command(
     from hiddenlake.cache.progress import counted
     from hiddenlake.cache.sites import parse_layers
     from hiddenlake.cache.store.reader import open_capture
-    from hiddenlake.probing.grid import best_cell
+    from hiddenlake.probing.controls import CONTROLS
+    from hiddenlake.probing.grid import at_one_C, best_cell, controls_at
     from hiddenlake.probing.run import run_grid
 
     try:
@@ -329,6 +336,8 @@ def probe_command(
                 l1_ratio=l1_ratio,
                 scale=scale,
                 shuffles=shuffles,
+                nested=nested,
+                controls=CONTROLS if controls == "all" else () if controls == "none" else controls.split(","),
                 seed=seed,
                 compat=compat,
                 progress=progress,
@@ -345,7 +354,13 @@ def probe_command(
             class_weight=class_weight, penalty=penalty, l1_ratio=l1_ratio, scale=scale, seed=seed,
         )  # fmt: skip
         talk(f"the probe of layer {best.layer}, {best.position} is kept in {probe.save(keep)}")
-    print(json.dumps(asdict(best)))
+    found = asdict(best) | controls_at(at_one_C(grid), best.layer, best.position)
+    found |= {
+        name: grid.attrs[name]
+        for name in ("nested_auc", "nested_auc_lo", "nested_auc_hi", "max_t_p")
+        if name in grid.attrs
+    }
+    print(json.dumps({name: value if value == value else None for name, value in found.items()}))
 
 
 @app.command("score")

@@ -50,7 +50,7 @@ def _sample(data: xr.Dataset, i: int) -> Sample:
     return Sample(
         str(at.sample.item()), int(at["index"]), int(at["sample_index"]), str(at.group.item()), f"prompt of {at.group.item()}", "answer",
         tuple(at.answers.item()), bool(at.correct), exact if isinstance(exact, str) else None, bool(at.exact_answer_valid),
-        tuple(range(total)), (-0.5,) * (total - prompt), prompt, total, "stop", tuple(at.token_index.values.tolist()),
+        tuple(np.asarray(at.token_ids.item()).tolist()), (-0.5,) * (total - prompt), prompt, total, "stop", tuple(at.token_index.values.tolist()),
     )  # fmt: skip
 
 
@@ -90,7 +90,11 @@ def synthetic_capture(
     token_index = np.stack([table[p] for p in positions]).astype(np.int32)
     token_index[(token_index >= total_length) | (token_index < 0)] = -1
     token = rng.integers(0, 20, (len(positions), n))
-    token[np.array(positions) == "last_q"] = 3
+    ids = np.zeros((n, int(total_length.max())), np.int32)
+    for index, drawn in zip(token_index, token, strict=True):
+        ids[np.flatnonzero(index >= 0), index[index >= 0]] = drawn[index >= 0]
+    ids[np.arange(n), prompt_length - 1] = 3
+    token = np.take_along_axis(ids.T, np.maximum(token_index, 0), axis=0)
     vocabulary = rng.standard_normal((20, hidden))
     embed = vocabulary[token].astype(np.float32)
     out = 3.0 * rng.standard_normal(hidden) + rng.standard_normal((n_layers, len(positions), n, hidden))
@@ -102,6 +106,8 @@ def synthetic_capture(
     embed[absent] = np.nan
     answers = np.empty(n, object)
     answers[:] = [[f"country {i % 17}", "alias"] for i in range(n)]
+    token_ids = np.empty(n, object)
+    token_ids[:] = [row[:length] for row, length in zip(ids, total_length, strict=True)]
     keys = np.array([f"key{rng.integers(1 << 40):010x}" for _ in range(n)], object)
     text = np.where(valid, "answer", None).astype(object)
     return xr.Dataset(
@@ -117,6 +123,7 @@ def synthetic_capture(
             "exact_answer": ("sample", text),
             "exact_answer_valid": ("sample", valid),
             "answers": ("sample", answers),
+            "token_ids": ("sample", token_ids),
             "prompt_length": ("sample", prompt_length),
             "total_length": ("sample", total_length),
         },

@@ -25,7 +25,7 @@ from hiddenlake.probing.fit import fit_probes
 from hiddenlake.probing.grid import fit_grid, open_grid
 from hiddenlake.probing.run import run_grid
 
-ARGUMENTS = {"C": (0.01, 1.0), "cv": 3}
+ARGUMENTS = {"C": (0.01, 1.0), "cv": 3, "controls": ["token"]}
 
 # What another process does: fit the grid of the same capture, and say how many cells it has fitted itself.
 WORK = """
@@ -39,6 +39,7 @@ fit_cell = fit.fit_cell
 fit.fit_cell = lambda *arguments: (fitted.append(1), fit_cell(*arguments))[1]
 data = synthetic_capture(n=int(sys.argv[3]), hidden=64)
 print("ready", flush=True)
+sys.stdin.readline()
 run_grid(data, "mlp_out", sys.argv[2], progress=lambda done, total: print(done, flush=True), **json.loads(sys.argv[4]))
 print(json.dumps({"fitted": len(fitted)}))
 """
@@ -47,8 +48,17 @@ print(json.dumps({"fitted": len(fitted)}))
 def start(out: Path, n: int = 240, **arguments) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", WORK, str(Path(__file__).parent), str(out), str(n), json.dumps(ARGUMENTS | arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
     )  # fmt: skip
+
+
+def go(*processes: subprocess.Popen) -> None:
+    """Let them begin, once all are there: on a busy machine one would have ended before the other has imported."""
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +96,7 @@ def test_a_cell_survives_to_the_bit(reason, auc, n, accuracy, converged):
 
 @pytest.mark.parametrize("compat", [None, "llmsknow"])
 def test_a_finished_run_is_the_grid_and_leaves_nothing_else(data, tmp_path, compat):
-    arguments = {"compat": compat} if compat else ARGUMENTS
+    arguments = {"compat": compat, "controls": ["token"]} if compat else ARGUMENTS
     grid = run_grid(data, "mlp_out", tmp_path / "g.zarr", **arguments)
     xr.testing.assert_identical(grid, fit_grid(data, "mlp_out", **arguments))
     xr.testing.assert_identical(grid, open_grid(tmp_path / "g.zarr"))
@@ -95,7 +105,7 @@ def test_a_finished_run_is_the_grid_and_leaves_nothing_else(data, tmp_path, comp
 
 @pytest.mark.parametrize("compat", [None, "llmsknow"])
 def test_what_was_finished_is_not_fitted_again(data, tmp_path, compat):
-    arguments = {"compat": compat} if compat else ARGUMENTS
+    arguments = {"compat": compat, "controls": ["token"]} if compat else ARGUMENTS
     seen = []
 
     def stop(done, total):
@@ -201,6 +211,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(whole, tmp
     out, chance = tmp_path / "g.zarr", random.Random(0)
     for _ in range(3):
         process = start(out)
+        go(process)
         for _ in range(chance.randint(1, 9)):
             assert process.stdout.readline()
         time.sleep(chance.uniform(0.0, 0.05))
@@ -208,6 +219,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(whole, tmp
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     process = start(out)
+    go(process)
     told, talk = process.communicate(timeout=120)
     assert process.returncode == 0, talk
     assert json.loads(told.splitlines()[-1])["fitted"] < 32, "what was finished was fitted again"
@@ -219,6 +231,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(whole, tmp
 def test_processes_share_the_cells_of_a_grid(whole, tmp_path):
     out = tmp_path / "g.zarr"
     processes = [start(out) for _ in range(2)]
+    go(*processes)
     told = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], told
     fitted = [json.loads(lines.splitlines()[-1])["fitted"] for lines, _ in told]

@@ -122,10 +122,10 @@ def test_a_part_of_the_grid_is_the_same_numbers(capture, grid):
     xr.testing.assert_allclose(part.auc, grid.auc.sel(layer=[2, 1], position=["-1", "last_q"]))
 
 
-def test_progress_counts_the_control_too(capture):
+def test_progress_counts_the_controls_too(capture):
     seen = []
     fit_grid(capture, "mlp_out", positions=["-1", "last_q"], progress=lambda done, n: seen.append((done, n)))
-    assert seen == [(i, 8) for i in range(1, 9)]
+    assert seen == [(i, 12) for i in range(1, 13)]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,7 @@ def test_progress_counts_the_control_too(capture):
         ({"layers": [9]}, UnknownNameError, r"no layer \[9\]: it has \[0, 1, 2\]"),
         ({"positions": []}, UnknownNameError, "none named"),
         ({"groups": "gold", "cv": 20}, ProbeError, "17 groups cannot fill 20 folds: use cv=17 or fewer"),
+        ({"controls": ("token", "noise")}, UnknownNameError, "unknown controls noise: expected some of token, place"),
         ({"compat": "paper"}, UnknownNameError, "unknown compat 'paper'"),
     ],
     ids=lambda v: ",".join(v) if isinstance(v, dict) else "",

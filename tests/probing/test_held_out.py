@@ -29,7 +29,9 @@ def fold_aucs(found):
 
 @pytest.mark.parametrize("groups", ["group", "gold"])
 def test_the_aucs_are_the_grids_to_the_bit(capture, groups):
-    grid = fit_grid(capture, "mlp_out", groups=groups, layers=[0, 1], positions=["-1", CELL[1]], shuffles=0)
+    grid = fit_grid(
+        capture, "mlp_out", groups=groups, layers=[0, 1], positions=["-1", CELL[1]], shuffles=0, controls=()
+    )
     for position in ("-1", CELL[1]):
         found = held_out(capture, "mlp_out", 1, position, groups=groups)
         cell = grid.sel(layer=1, position=position)

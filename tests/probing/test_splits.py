@@ -59,3 +59,15 @@ def test_shuffles_keep_the_classes_and_follow_the_names():
     order = rng.permutation(300)
     np.testing.assert_array_equal(shuffle_labels(y[order], names[order], n=3, seed=5), shuffled[:, order])
     assert abs(np.corrcoef(y, shuffled[0])[0, 1]) < 0.15
+
+
+def test_shuffled_groups_keep_their_labels_together():
+    group = np.repeat(np.arange(30), 4)
+    y = np.random.default_rng(0).random(30)[group] < 0.4
+    names = np.arange(120)
+    shuffled = shuffle_labels(y, names, groups=group, n=5, seed=3)
+    assert (shuffled.reshape(5, 30, 4) == shuffled.reshape(5, 30, 4)[..., :1]).all()
+    assert (shuffled.sum(axis=1) == y.sum()).all() and not (shuffled == y).all(axis=1).any()
+    order = np.random.default_rng(1).permutation(120)
+    again = shuffle_labels(y[order], names[order], groups=group[order], n=5, seed=3)
+    np.testing.assert_array_equal(again, shuffled[:, order])
