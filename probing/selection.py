@@ -1,6 +1,6 @@
 """Selection: which samples of a capture, and which label, the probes of its cells are fitted on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,20 @@ _CLASSES = {"correct": ("wrong", "correct")}
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
-    """Samples of one capture and site, with a label.
+class Samples:
+    """Samples of one capture and site.
 
     data : the capture's Dataset, some layers and positions of it.  path : where it lies.  site : canonical name.
-    label : the column.  positive, labelled : (sample,) bool, the positive class, and who has a label at all.
     mask : (position, sample) bool, whether the token is there, and in the answer where it must be.
     groups, index : (sample,) names that stay on one side of a split, and that tell samples apart.
-    names : of the positive and the negative class.
     """
 
     data: xr.Dataset
     path: str
     site: str
-    label: str
-    positive: np.ndarray
-    labelled: np.ndarray
     mask: np.ndarray
     groups: np.ndarray
     index: np.ndarray
-    names: tuple[str, str]
-
-    @property
-    def positive_class(self) -> str:
-        """In words."""
-        return self.names[0] if self.label in _CLASSES else f"{self.label} is true"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,6 +53,25 @@ class Selection:
         return digest(self.identity)
 
 
+@dataclass(frozen=True, slots=True)
+class Selection(Samples):
+    """Samples with a label that is true or false.
+
+    label : the column.  positive, labelled : (sample,) bool, the positive class, and who has a label at all.
+    names : of the positive and the negative class.
+    """
+
+    label: str
+    positive: np.ndarray
+    labelled: np.ndarray
+    names: tuple[str, str]
+
+    @property
+    def positive_class(self) -> str:
+        """In words."""
+        return self.names[0] if self.label in _CLASSES else f"{self.label} is true"
+
+
 def select(
     capture: Any,
     site: str,
@@ -80,20 +88,32 @@ def select(
 
     Raises ProbeError, UnknownNameError.
     """
+    samples = select_samples(capture, site, groups=groups, layers=layers, positions=positions, in_answer=in_answer)
+    value, labelled = _label(samples.data, label)
+    return Selection(
+        *(getattr(samples, field.name) for field in fields(Samples)), label, ~value if label in _CLASSES else value,
+        labelled, _CLASSES.get(label, ("positive", "negative")),
+    )  # fmt: skip
+
+
+def select_samples(
+    capture: Any,
+    site: str,
+    *,
+    groups: str | None,
+    layers: list[int] | None = None,
+    positions: list[str] | None = None,
+    in_answer: bool = True,
+) -> Samples:
+    """`select`, whatever the label is."""
     data, path = _open(capture)
     site = _site(data, site)
     data = _select(data, layers, positions)
-    value, labelled = _label(data, label)
-    if not labelled.any():
-        raise ProbeError(f"no sample has a value of {label!r}: add the label, or name another column")
     mask = data.token_index.transpose("position", "sample").values != ABSENT
     if in_answer:
         inside = data.in_answer.transpose("position", "sample").values.astype(bool)
         mask &= inside | np.isin(data.position.values.astype(str), ["last_q", *POOLS])[:, None]
-    return Selection(
-        data, path, site, label, ~value if label in _CLASSES else value, labelled, mask, _groups(data, groups),
-        _sample_names(data), _CLASSES.get(label, ("positive", "negative")),
-    )  # fmt: skip
+    return Samples(data, path, site, mask, _groups(data, groups), _sample_names(data))
 
 
 def _open(capture: Any) -> tuple[xr.Dataset, str]:
@@ -133,18 +153,26 @@ def _columns(data: xr.Dataset) -> list[str]:
 
 def _label(data: xr.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(value, whether there is one), each (sample,) bool."""
-    if name not in _columns(data):
-        raise UnknownNameError(f"no column {name!r}: the samples have {', '.join(_columns(data))}")
-    values = data[name].values
+    values, there = label_values(data, name)
     if values.dtype == bool:
-        return values, np.ones(len(values), bool)
-    there = np.array([value is not None and value == value for value in values.tolist()], bool)
+        return values, there
     found = set(values[there].tolist())
     if not found <= {0, 1}:
         raise ProbeError(
             f"label {name!r} has the values {sorted(map(str, found))[:5]}: expected true and false, or 1 and 0"
         )
     return np.array([bool(ok and value) for value, ok in zip(values.tolist(), there, strict=True)], bool), there
+
+
+def label_values(data: xr.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """((sample,) values of a column, (sample,) bool whether there is one). Raises UnknownNameError, ProbeError."""
+    if name not in _columns(data):
+        raise UnknownNameError(f"no column {name!r}: the samples have {', '.join(_columns(data))}")
+    values = data[name].values
+    there = np.array([value is not None and value == value for value in values.tolist()], bool)
+    if not there.any():
+        raise ProbeError(f"no sample has a value of {name!r}: add the label, or name another column")
+    return values, there
 
 
 def _groups(data: xr.Dataset, name: str | None) -> np.ndarray:

@@ -30,6 +30,7 @@ _WHERE = {
     "fit_probes": "hiddenlake.probing.fit",
     "fit_multiclass": "hiddenlake.probing.multiclass",
     "fit_grid": "hiddenlake.probing.grid",
+    "fit_multiclass_grid": "hiddenlake.probing.multiclass_grid",
     "open_grid": "hiddenlake.probing.grid",
     "save_grid": "hiddenlake.probing.grid",
     "best_cell": "hiddenlake.probing.grid",
