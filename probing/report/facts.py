@@ -13,6 +13,9 @@ from hiddenlake.probing.grid import BestCell, at_one_C, best_cell
 # What a control is that a grid has as `<name>_auc`: in a word, and in some.
 CONTROLS = {
     "token": ("token alone", "the same probe on the token's embedding"),
+    "random": ("random vector", "the same probe on a random vector for each token"),
+    "place": ("place alone", "the same probe on where the token stands, and how long prompt and answer are"),
+    "control_task": ("control task", "the same probe, of labels that are a function of the token alone"),
     "shuffled": ("shuffled labels", "mean of all shuffles"),
 }
 # Attributes that stand elsewhere on the page, or say where a file lay.
