@@ -51,6 +51,7 @@ class Design:
     C : (C,).  group : (sample,) int where groups repeat, which asks for the grouped bootstrap, or None.
     sample_weight : (sample,) float64, what each counts in a fit.  class_weight, nested : as in fit_probes.
     l1_ratio : the share of the penalty that is l1.
+    columns_at_once : of a fold, solved for together; None for all.
     """
 
     labels: np.ndarray
@@ -68,6 +69,7 @@ class Design:
     class_weight: ClassWeight
     l1_ratio: float
     nested: bool
+    columns_at_once: int | None = None
 
     def __post_init__(self) -> None:
         solver_of(self.solver, self.l1_ratio)

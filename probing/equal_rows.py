@@ -7,7 +7,7 @@ import numpy as np
 from hiddenlake.probing.solvers import torch
 
 # Of one block of rows, copied.
-_BLOCK_BYTES = 64 << 20
+_BLOCK_BYTES = 8 << 20
 
 # Rows that differ in so many leading features are not looked at further.
 _HEAD = 8

@@ -1,7 +1,7 @@
 """fit_probes: activations and labels in, a Dataset of certified probes out."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from hiddenlake.probing.cells import Cells
 from hiddenlake.probing.checkpoint import Checkpoint
 from hiddenlake.probing.compat import fit_llmsknow
 from hiddenlake.probing.design import make_design
+from hiddenlake.probing.plan import Plan, make_plan
 from hiddenlake.probing.result import assemble
+from hiddenlake.probing.solve import left_out
 from hiddenlake.probing.sweep import Progress, sweep
 from hiddenlake.probing.weights import ClassWeight
 
@@ -41,7 +43,9 @@ def fit_probes(
     nested: bool = False,
     seed: int = 0,
     compat: str | None = None,
+    memory: int | None = None,
     checkpoint: str | Path | None = None,
+    planned: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """Fit logistic probes in every cell of `activations`, cross-validated, each with a certificate.
@@ -72,9 +76,12 @@ def fit_probes(
         (inference.nested_choice). Twice the work, or less beside shuffles or several C.
     compat : `llmsknow` fits the probe of "LLMs Know More Than They Show" to the letter and takes C, cv,
         groups, scale, solver and shuffles from there (hiddenlake.probing.compat).
+    memory : bytes for activations and solvers, half of the machine's by default. So many cells are worked on at once as
+        fit, or else their columns in batches; refused where one does not (hiddenlake.probing.plan).
     checkpoint : a folder where each finished cell is kept. The same call goes on from there, also while other processes
-        work on it, to the same bits; a call that asks for anything else takes nothing from it. See `fit_grid`, which
-        also removes it.
+        work on it, to the same bits; a call that asks for anything else takes nothing from it. `run_grid` also
+        removes it.
+    planned : told the plan before the work starts.
     progress : called with (cells done, cells in all).
 
     Returns a Dataset. Over (layer, position, C): auc, the mean of the folds' AUCs, with its 95 %
@@ -111,11 +118,20 @@ def fit_probes(
         others=_others(others, cells),
     )  # fmt: skip
 
+    n = int((kept if mask is None else kept & mask).sum(-1).max())
+    plan = make_plan(
+        n, cells.width, cells.dtype.itemsize, columns=len(design.C) * design.label_sets(0).shape[0], n_folds=cv,
+        n_masks=len(left_out(cv, nested)), memory=memory,
+    )  # fmt: skip
+    if planned is not None:
+        planned(plan)
+    design = replace(design, columns_at_once=plan.columns)
+
     def fit(X: np.ndarray, rows: np.ndarray, position: int) -> Cell:
         return fit_cell(X, rows, design, position)
 
     kept_cells = _checkpoint(checkpoint, cells, mask, kept, {f.name: getattr(design, f.name) for f in fields(design)})
-    fitted = sweep(cells, mask, kept, fit, order=design.order, checkpoint=kept_cells, progress=progress)
+    fitted = sweep(cells, mask, kept, fit, order=design.order, plan=plan, checkpoint=kept_cells, progress=progress)
     result = assemble(cells, fitted, C=design.C, n_folds=cv, n_shuffles=shuffles, others=tuple(others or ()), tol=tol)
     result.attrs = {
         "cv": cv,

@@ -1,6 +1,6 @@
 """Grid: probe metrics over layer x position of one capture and site, with the controls a reader expects."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,7 @@ from hiddenlake.probing.compat import MAX_TOKENS
 from hiddenlake.probing.controls import CONTROLS, control_task, place_features, random_features, token_types
 from hiddenlake.probing.fit import fit_probes
 from hiddenlake.probing.inference import false_discovery_rate, max_t, nested_choice
+from hiddenlake.probing.plan import Plan
 from hiddenlake.probing.saving import open_grid, save_grid
 from hiddenlake.probing.selection import Selection, select
 from hiddenlake.probing.sweep import Progress
@@ -43,7 +44,9 @@ def fit_grid(
     controls: Collection[str] = CONTROLS,
     seed: int = 0,
     compat: str | None = None,
+    memory: int | None = None,
     checkpoint: str | Path | None = None,
+    planned: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
     """Fit probes in every cell of a capture's site: at which layer and token is the label known?
@@ -102,7 +105,9 @@ def fit_grid(
         "tol": tol,
         "seed": seed,
         "compat": compat,
+        "memory": memory,
         "checkpoint": checkpoint,
+        "planned": planned,
     }
     grid = fit_probes(
         data[chosen.site],

@@ -10,6 +10,7 @@ from itertools import combinations
 import numpy as np
 
 from hiddenlake.probing.design import Design, solver_of
+from hiddenlake.probing.solvers.batches import solve_in_batches
 from hiddenlake.probing.solvers.problem import Problem, Solution, make_problem
 from hiddenlake.probing.weights import column_class_weights
 
@@ -76,7 +77,10 @@ def solve_cell(X: np.ndarray, rows: np.ndarray, design: Design, position: int = 
         l1_ratio=design.l1_ratio,
         class_weight=column_class_weights(design.class_weight, labels, weight, fold=mask, label_set=label_set),
     )  # fmt: skip
-    solution = solver_of(design.solver, design.l1_ratio)(problem, design.tol)
+    solution = solve_in_batches(
+        solver_of(design.solver, design.l1_ratio), problem, design.tol, label_set * len(design.C) + which_c,
+        design.columns_at_once,
+    )  # fmt: skip
     return Solved(labels, fold, out, shape, fitted, which_c, mask, label_set, problem, solution)
 
 

@@ -1,6 +1,5 @@
 """Sweep: one function over every (layer, position) cell, read ahead of whoever works on them, on all cores."""
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,12 +15,10 @@ from hiddenlake.cache.errors import ProbeError
 from hiddenlake.cache.store.locks import FileLock
 from hiddenlake.probing.cells import Cells
 from hiddenlake.probing.checkpoint import Checkpoint, drop
+from hiddenlake.probing.plan import Plan, n_threads
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
-
-# Cells in memory beside those in work: one that is ready, and one that is read.
-AHEAD = 2
 
 # Between two looks at cells that others work on.
 _POLL_SECONDS = 0.2
@@ -61,6 +58,7 @@ def sweep(
     *,
     order: np.ndarray | None = None,
     borrow: dict[int, tuple[int, np.ndarray]] | None = None,
+    plan: Plan | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> dict[tuple[int, int], Result]:
@@ -72,6 +70,7 @@ def sweep(
     order : (sample,) int, the order in which `fit` gets the samples; their own by default.
     borrow : for a position's number, another position's and the samples, (sample,) bool, that take their
         activations from there. The mask counts them already.
+    plan : how many cells are in work and in memory; as many as there are cores by default.
     checkpoint : keeps each Cell that `fit` returns. What is finished there is not fitted again, and what others work on
         is waited for.
 
@@ -100,7 +99,8 @@ def sweep(
 
     results: dict[tuple[int, int], Result] = {}
     waiting, elsewhere = deque(np.ndindex(cells.shape)), []
-    buffers = [Buffer() for _ in range(n_threads() + AHEAD)]
+    plan = plan or Plan(n_threads())
+    buffers = [Buffer() for _ in range(plan.threads + plan.ahead)]
     running: dict[Future[Result], _Work[Result]] = {}
 
     def finished(cell: tuple[int, int], found: Result) -> None:
@@ -135,7 +135,7 @@ def sweep(
         return found
 
     # Threads of BLAS below threads over cells would fight for the same cores.
-    with _one_thread_each(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(n_threads()) as pool:
+    with _one_thread_each(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(plan.threads) as pool:
         try:
             while waiting or elsewhere or running:
                 while waiting and buffers:
@@ -185,8 +185,3 @@ def _one_thread_each() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
-
-
-def n_threads() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -296,6 +296,9 @@ def probe_command(
     penalty: Annotated[str, typer.Option(help="`l2`, `l1`, or `elasticnet` with --l1-ratio.")] = "l2",
     l1_ratio: Annotated[float | None, typer.Option(help="The share of an elastic net that is l1.")] = None,
     compat: Annotated[str | None, typer.Option(help="`llmsknow`: the paper's fit to the letter.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="For activations and solvers, e.g. 8GiB; half of the machine's by default.")
+    ] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Also fit the best cell on all samples, and keep that probe in this file.")
     ] = None,
@@ -306,11 +309,12 @@ def probe_command(
     """
     from dataclasses import asdict
 
-    from hiddenlake.cache.progress import counted
+    from hiddenlake.cache.progress import counted, size
     from hiddenlake.cache.sites import parse_layers
     from hiddenlake.cache.store.reader import open_capture
     from hiddenlake.probing.controls import CONTROLS
     from hiddenlake.probing.grid import at_one_C, best_cell, controls_at
+    from hiddenlake.probing.plan import Plan
     from hiddenlake.probing.run import run_grid
 
     try:
@@ -319,6 +323,14 @@ def probe_command(
         raise BadInputError(f"--C {C!r} is not a list of numbers such as 0.01 or 0.001,0.01") from error
     opened = open_capture(capture)
     coverage = opened.coverage
+    told = []
+
+    def planned(plan: Plan) -> None:
+        if not told:  # of the site itself: its controls take no more
+            told.append(plan)
+            batches = "" if plan.columns is None else f", {plan.columns} columns of a fold at once"
+            talk(f"{plan.threads} cells at once{batches}: up to {size(plan.memory_bytes)} of memory")
+
     try:
         with counted(f"probing {site}") as progress:
             grid = run_grid(
@@ -340,6 +352,8 @@ def probe_command(
                 controls=CONTROLS if controls == "all" else () if controls == "none" else controls.split(","),
                 seed=seed,
                 compat=compat,
+                memory=None if memory is None else byte_count("--memory", memory),
+                planned=planned,
                 progress=progress,
             )
     except KeyboardInterrupt:

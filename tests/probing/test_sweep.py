@@ -15,7 +15,8 @@ from hiddenlake.cache.store.backend import open_backend
 from hiddenlake.cache.testing import small
 from hiddenlake.probing.cells import Cells
 from hiddenlake.probing.fit import fit_probes
-from hiddenlake.probing.sweep import AHEAD, n_threads, sweep
+from hiddenlake.probing.plan import AHEAD, n_threads
+from hiddenlake.probing.sweep import sweep
 
 DIMS = ("layer", "position", "sample", "hidden")
 

@@ -1,0 +1,71 @@
+"""Plan: how many cells of a grid are worked on at once, and how many of their columns, within a given memory."""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from hiddenlake.cache.errors import ProbeError
+from hiddenlake.probing.solvers.memory import projected
+
+# Cells in memory beside those in work: one that is ready, and one that is read.
+AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """threads : cells in work.  ahead : cells that are read meanwhile.  columns : of a fold, solved for at once; None for
+    all.  memory_bytes : that cells and solvers take at most.
+    """
+
+    threads: int
+    ahead: int = AHEAD
+    columns: int | None = None
+    memory_bytes: int = 0
+
+
+def make_plan(
+    n: int, d: int, itemsize: int, *, columns: int, n_folds: int, n_masks: int, memory: int | None = None
+) -> Plan:
+    """As many cells at once as there are cores, and as the memory holds.
+
+    n, d, itemsize : samples of the largest cell, and their rows.  columns : of a fold.  n_folds, n_masks : see `projected`.
+    memory : bytes for activations and solvers, beside what Python and its libraries take; by default half of what the
+        machine has, or the container.
+
+    Raises ProbeError where one cell with one column does not fit.
+    """
+    memory = total_memory() // 2 if memory is None else memory
+    cell = n * d * itemsize
+
+    def take(threads: int, ahead: int, k: int) -> int:
+        return (threads + ahead) * cell + threads * projected(n, d, itemsize, k, n_folds, n_masks)
+
+    for threads in range(n_threads(), 0, -1):
+        for ahead in (AHEAD, 1):
+            if (bytes_ := take(threads, ahead, columns)) <= memory:
+                return Plan(threads, ahead, None, bytes_)
+    most = columns
+    while most > 1:
+        most = -(-most // 2)
+        if (bytes_ := take(1, 0, most)) <= memory:
+            return Plan(1, 0, most, bytes_)
+    if (bytes_ := take(1, 0, 1)) <= memory:
+        return Plan(1, 0, None, bytes_)
+    raise ProbeError(
+        f"the memory is too small: one cell of {n} samples x {d} takes {cell / 2**30:.2f} GiB, and with its solver up to "
+        f"{bytes_ / 2**30:.2f} GiB, but {memory / 2**30:.2f} GiB were given: give more, or keep fewer samples"
+    )
+
+
+def total_memory() -> int:
+    """Bytes of the machine, or of the container: unlike what is free, the same each time, and so is the plan."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # outside of a container, or without a limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
+def n_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
