@@ -107,7 +107,6 @@ def fit_grid(
         "compat": compat,
         "memory": memory,
         "checkpoint": checkpoint,
-        "planned": planned,
     }
     grid = fit_probes(
         data[chosen.site],
@@ -115,6 +114,7 @@ def fit_grid(
         shuffles=shuffles,
         others=others,
         nested=nested,
+        planned=planned,  # the controls are smaller
         progress=progress and (lambda done, _: progress(done, n_cells)),
         **shared,
     )
