@@ -40,7 +40,7 @@ def fit_grid(
     solver: str = "auto",
     tol: float = 1e-6,
     shuffles: int = 1,
-    nested: bool = True,
+    nested: bool | None = None,
     controls: Collection[str] = CONTROLS,
     seed: int = 0,
     compat: str | None = None,
@@ -58,6 +58,7 @@ def fit_grid(
     groups : a per-sample column whose equal values stay on one side of every split, `gold` for the first
         gold answer, or None for the task's questions. A sample whose group is empty is its question.
     layers, positions : only these; all by default.
+    nested : see fit_probes; by default where there are folds enough, three.
     controls : which of CONTROLS are fitted beside the cells; with compat all but `task`.
 
     The other arguments are those of fit_probes. A cell's samples are those whose token exists and lies in
@@ -113,7 +114,7 @@ def fit_grid(
         chosen.positive,
         shuffles=shuffles,
         others=others,
-        nested=nested,
+        nested=cv > 2 if nested is None else nested,
         planned=planned,  # the controls are smaller
         progress=progress and (lambda done, _: progress(done, n_cells)),
         **shared,

@@ -284,8 +284,11 @@ def probe_command(
     scale: Annotated[str, typer.Option(help="`none`, `rms` or `feature`, fitted in the fold.")] = "feature",
     shuffles: Annotated[int, typer.Option(help="Shuffled-label controls a cell.")] = 1,
     nested: Annotated[
-        bool, typer.Option(help="Also choose the cell on inner folds, and score it on data that did not choose it.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Also choose the cell on inner folds, and score it on data that did not choose it; default from 3 folds on."
+        ),
+    ] = None,
     controls: Annotated[
         str, typer.Option(help="`all`, `none`, or some of token, place, random, task, by comma.")
     ] = "all",
@@ -323,13 +326,10 @@ def probe_command(
         raise BadInputError(f"--C {C!r} is not a list of numbers such as 0.01 or 0.001,0.01") from error
     opened = open_capture(capture)
     coverage = opened.coverage
-    told = []
 
     def planned(plan: Plan) -> None:
-        if not told:  # of the site itself: its controls take no more
-            told.append(plan)
-            batches = "" if plan.columns is None else f", {plan.columns} columns of a fold at once"
-            talk(f"{plan.threads} cells at once{batches}: up to {size(plan.memory_bytes)} of memory")
+        batches = "" if plan.columns is None else f", {plan.columns} columns of a fold at once"
+        talk(f"{plan.threads} cells at once{batches}: up to {size(plan.memory_bytes)} of memory")
 
     try:
         with counted(f"probing {site}") as progress:

@@ -212,3 +212,11 @@ def test_class_weights_reach_the_cells_and_the_control(capture):
     assert balanced.attrs["class_weight"] == "balanced" and balanced.converged.all()
     for name in ("objective", "token_auc"):
         assert not np.allclose(plain[name], balanced[name], rtol=1e-9), name
+
+
+def test_two_folds_are_too_few_for_a_nested_choice_but_not_for_a_grid(make_capture):
+    arguments = {"layers": [1], "positions": ["-1"], "cv": 2}
+    grid = fit_grid(make_capture(n=60), "mlp_out", **arguments)
+    assert np.isfinite(grid.auc).all() and "nested_auc" not in grid.attrs
+    with pytest.raises(ProbeError, match="3 folds"):
+        fit_grid(make_capture(n=60), "mlp_out", nested=True, **arguments)
