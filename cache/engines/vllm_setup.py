@@ -126,7 +126,10 @@ def engine_options(request: Request) -> dict[str, Any]:
 def longest_sequence(request: Request) -> int:
     """Tokens for which vLLM must have positions."""
     # one position more than the answer needs, since the last token is fed too; and room for a canary of one token
-    return min(request.model.context, max(request.max_length, request.ask_length, 1 + CANARY_TOKENS) + 1)
+    # vLLM's way of not drafting near the end of its context asks for CUDA, also on a CPU: the end is kept out of reach,
+    # which is one step's drafts beyond those that a step checks
+    drafts = 2 * (request.options.get("speculative_config") or {}).get("num_speculative_tokens", 0)
+    return min(request.model.context, max(request.max_length, request.ask_length, 1 + CANARY_TOKENS) + 1 + drafts)
 
 
 def _whole_prompts(request: Request) -> dict[str, Any]:

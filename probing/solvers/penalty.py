@@ -48,4 +48,4 @@ def elastic_net_gap(columns: Columns, coef: torch.Tensor, gradient: torch.Tensor
         return gap
     # At alpha itself the losses leave -v . w of the gap, and each feature's part is at least 0 (Fenchel and Young).
     conjugate = (gradient.abs() - l1).clamp_min(0.0).square().sum(0) / (2.0 * l2)
-    return torch.minimum(gap, omega(coef, l1) + conjugate + (gradient * coef).sum(0))
+    return torch.minimum(gap, (omega(coef, l1) + conjugate + (gradient * coef).sum(0)).clamp_min(0.0))
