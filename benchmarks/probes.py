@@ -252,7 +252,10 @@ def whole_grid(capture: Any, quick: bool) -> Row:
     """The demo's grid with 5 folds, 10 C and 19 shuffles, on all cores."""
     layers = [0, 13] if quick else None
     start = time.perf_counter()
-    grid = fit_grid(capture, "mlp_out", C=tuple(STRENGTHS), cv=FOLDS, shuffles=LABEL_SETS - 1, layers=layers)
+    grid = fit_grid(
+        capture, "mlp_out", C=tuple(STRENGTHS), cv=FOLDS, shuffles=LABEL_SETS - 1, layers=layers, nested=False,
+        controls=("token",),
+    )  # fmt: skip
     minutes = (time.perf_counter() - start) / 60
     fits = int(np.isfinite(grid.fold_auc.values).sum())
     if not bool(grid.converged.where(grid.auc.notnull(), True).all()):

@@ -180,8 +180,7 @@ def one_per_sample(values: Sequence | np.ndarray, n: int, name: str) -> np.ndarr
 
 
 def _others(others: Mapping[str, np.ndarray] | None, cells: Cells) -> np.ndarray | None:
-    """(position, sample) bool, from a mask that may lack the position. Raises ProbeError for another shape."""
-    """(S, position, sample)."""
+    """(S, position, sample) bool, from label sets that may lack the position."""
     if not others:
         return None
     sets = [values if np.ndim(values) == 2 else np.asarray(values)[None] for values in others.values()]
