@@ -2,18 +2,20 @@
 
     python benchmarks/calibration.py [--quick] [--json FILE]
 
-Each run draws labels that carry nothing for 8 cells, which have half of their activations in common, and fits them by
-fit_probes with 5 folds and 19 shuffles. Then labels that carry something, for cells of a known AUC: there the truth is what
-the fitted probes reach on the population that the samples were drawn from, which is known.
+Each run draws labels that carry nothing for 8 cells, synthetic ones that have half of their activations in common or real
+ones (captured at the first call, in minutes), and fits them by fit_probes with 5 folds and 19 shuffles. Then labels that
+carry something, for cells of a known AUC: there the truth is what the fitted probes reach on the population that the
+samples were drawn from, which is known.
 """
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from _probe_cells import capture_answers
 from _table import Row, machine, print_table, write_json
 from scipy import stats
 
@@ -31,14 +33,20 @@ MEANS = "the share of intervals that hold the truth, beside the same for interva
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """n samples, some of them of one group, of d features; `shift`: distance of the classes in standard deviations."""
+    """n samples, some of them of one group, of d features; `shift`: distance of the classes in standard deviations.
+
+    real : (cell, more samples, d) activations that each run draws its n samples from.
+    """
 
     n: int
     d: int
     shift: float = 0.0
     per_group: int = 1
+    real: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
+        if self.real is not None:
+            return f"real activations, n {self.n}, d {self.d}, no signal"
         groups = f", groups of {self.per_group}" if self.per_group > 1 else ""
         return f"n {self.n}, d {self.d}{groups}, " + (f"classes {self.shift:g} apart" if self.shift else "no signal")
 
@@ -72,6 +80,8 @@ def draw(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng([seed, 0xCA11])
     group = np.arange(case.n) // case.per_group
     y = (rng.random(case.n) < 0.4)[group] ^ ((rng.random(case.n) < 0.1) & (case.per_group > 1))
+    if case.real is not None:
+        return case.real[:, rng.permutation(case.real.shape[1])[: case.n]], y, group
     common = rng.standard_normal((case.n, case.d))
     own = rng.standard_normal((CELLS, case.n, case.d))
     if case.per_group > 1:
@@ -79,6 +89,13 @@ def draw(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     X = np.sqrt(0.5) * (common + own)
     X[..., 0] += case.shift * y
     return X.astype(np.float32), y, group
+
+
+def real_case(n: int) -> Case:
+    """8 cells of the demo's model: four layers by two tokens that every sample has."""
+    capture = capture_answers()
+    cells = [capture.read("mlp_out", layer, token) for layer in (0, 8, 16, 24) for token in ("last_q", "-1")]
+    return Case(n, cells[0].shape[1], real=np.stack(cells).astype(np.float32))
 
 
 def run(case: Case, seed: int) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -161,6 +178,7 @@ def main() -> None:
             Case(200, 16, 0.75),
             Case(200, 16, 1.8),
             Case(300, 400, 1.8),
+            real_case(300),
         ]
     rows = []
     for case in cases:

@@ -17,9 +17,10 @@ from hiddenlake.cache.engines.plain_vllm import PlainVllm
 from hiddenlake.cache.job import plan_job
 from hiddenlake.cache.progress import ProgressBar, counted, size
 from hiddenlake.cache.store.reader import Capture, open_capture
-from hiddenlake.probing.grid import best_cell, fit_grid, save_grid
+from hiddenlake.probing.grid import best_cell, fit_grid
 from hiddenlake.probing.plots import draw_heatmap
 from hiddenlake.probing.report.page import check_ready, write_report
+from hiddenlake.probing.run import run_grid
 from hiddenlake.probing.tasks.registry import load_task
 
 SITES = ("mlp_out", "resid_post")
@@ -93,8 +94,7 @@ def _time(work: Any) -> float:
 def _probe(capture: Capture, site: str, out: Path) -> dict[str, Any]:
     _say(f"fitting probes of {site}")
     with counted(f"probing {site}") as progress:
-        grid = fit_grid(capture, site, groups="group", progress=progress)
-    save_grid(grid, out / "grids" / f"{site}.zarr")
+        grid = run_grid(capture, site, out / "grids" / f"{site}.zarr", groups="group", progress=progress)
     draw_heatmap(grid, out / f"{site}.png")
     best = best_cell(grid)
     by_country = fit_grid(capture, site, groups="gold", layers=[best.layer], positions=[best.position])

@@ -11,6 +11,7 @@ from hiddenlake.probing.solvers.cuml import solve_cuml
 from hiddenlake.probing.solvers.newton import solve_newton
 from hiddenlake.probing.solvers.penalised import solve_penalised
 from hiddenlake.probing.solvers.penalty import check_penalty
+from hiddenlake.probing.solvers.place import check_device
 from hiddenlake.probing.solvers.problem import Problem, Solution
 from hiddenlake.probing.solvers.scikit import solve_scikit
 from hiddenlake.probing.splits import make_folds
@@ -51,7 +52,7 @@ class Design:
     C : (C,).  group : (sample,) int where groups repeat, which asks for the grouped bootstrap, or None.
     sample_weight : (sample,) float64, what each counts in a fit.  class_weight, nested : as in fit_probes.
     l1_ratio : the share of the penalty that is l1.
-    columns_at_once : of a fold, solved for together; None for all.
+    columns_at_once : of a fold, solved for together; None for all.  device : where.
     """
 
     labels: np.ndarray
@@ -69,10 +70,12 @@ class Design:
     class_weight: ClassWeight
     l1_ratio: float
     nested: bool
+    device: str = "cpu"
     columns_at_once: int | None = None
 
     def __post_init__(self) -> None:
         solver_of(self.solver, self.l1_ratio)
+        check_device(self.device)
         if not len(self.C) or not (np.isfinite(self.C).all() and (self.C > 0).all()):
             raise ProbeError(f"C is {self.C.tolist()}: expected one or more numbers above 0")
         if not self.tol > 0:
@@ -116,6 +119,7 @@ def make_design(
     l1_ratio: float | None = None,
     nested: bool = False,
     others: np.ndarray | None = None,
+    device: str = "cpu",
 ) -> Design:
     """Folds and shuffles of the samples that are kept.
 
@@ -143,6 +147,7 @@ def make_design(
         class_weight=class_weight,
         l1_ratio=check_penalty(penalty, l1_ratio),
         nested=nested,
+        device=device,
     )
     design.fold[kept] = make_folds(positive[kept], n_folds=cv, groups=groups[kept], seed=seed)
     design.labels[0] = positive

@@ -17,6 +17,7 @@ from hiddenlake.probing.design import make_design
 from hiddenlake.probing.plan import Plan, make_plan
 from hiddenlake.probing.result import assemble
 from hiddenlake.probing.solve import left_out
+from hiddenlake.probing.solvers.place import check_device, device_memory
 from hiddenlake.probing.sweep import Progress, sweep
 from hiddenlake.probing.weights import ClassWeight
 
@@ -43,6 +44,7 @@ def fit_probes(
     nested: bool = False,
     seed: int = 0,
     compat: str | None = None,
+    device: str = "cpu",
     memory: int | None = None,
     checkpoint: str | Path | None = None,
     planned: Callable[[Plan], None] | None = None,
@@ -76,6 +78,7 @@ def fit_probes(
         (inference.nested_choice). Twice the work, or less beside shuffles or several C.
     compat : `llmsknow` fits the probe of "LLMs Know More Than They Show" to the letter and takes C, cv,
         groups, scale, solver and shuffles from there (hiddenlake.probing.compat).
+    device : `cpu`, `cuda` or `cuda:1`, what `auto` and `newton` solve on. `cuml` takes the GPU that CuPy does.
     memory : bytes for activations and solvers, half of the machine's by default. So many cells are worked on at once as
         fit, or else their columns in batches; refused where one does not (hiddenlake.probing.plan).
     checkpoint : a folder where each finished cell is kept. The same call goes on from there, also while other processes
@@ -115,13 +118,13 @@ def fit_probes(
         positive, kept=kept, names=names, groups=group_names, C=C, cv=cv, scale=scale, solver=solver, tol=tol,
         shuffles=shuffles, seed=seed, sample_weight=sample_weight, class_weight=class_weight,
         penalty=penalty, l1_ratio=l1_ratio, nested=nested,
-        others=_others(others, cells),
+        others=_others(others, cells), device=device,
     )  # fmt: skip
-
+    on = check_device(device)
     n = int((kept if mask is None else kept & mask).sum(-1).max())
     plan = make_plan(
         n, cells.width, cells.dtype.itemsize, columns=len(design.C) * design.label_sets(0).shape[0], n_folds=cv,
-        n_masks=len(left_out(cv, nested)), memory=memory,
+        n_masks=len(left_out(cv, nested)), memory=memory, device_memory=device_memory(on),
     )  # fmt: skip
     if planned is not None:
         planned(plan)
@@ -130,7 +133,9 @@ def fit_probes(
     def fit(X: np.ndarray, rows: np.ndarray, position: int) -> Cell:
         return fit_cell(X, rows, design, position)
 
-    kept_cells = _checkpoint(checkpoint, cells, mask, kept, {f.name: getattr(design, f.name) for f in fields(design)})
+    # Of several GPUs each may take cells of the same grid.
+    decides = {f.name: getattr(design, f.name) for f in fields(design)} | {"device": on.type}
+    kept_cells = _checkpoint(checkpoint, cells, mask, kept, decides)
     fitted = sweep(cells, mask, kept, fit, order=design.order, plan=plan, checkpoint=kept_cells, progress=progress)
     result = assemble(cells, fitted, C=design.C, n_folds=cv, n_shuffles=shuffles, others=tuple(others or ()), tol=tol)
     result.attrs = {
@@ -145,6 +150,7 @@ def fit_probes(
         "shuffles": shuffles,
         "seed": seed,
         "compat": "none",
+        "device": on.type,
         "n": int(kept.sum()),
         "n_groups": len(set(group_names[kept].tolist())),
         "interval": design.interval,

@@ -44,6 +44,7 @@ def fit_grid(
     controls: Collection[str] = CONTROLS,
     seed: int = 0,
     compat: str | None = None,
+    device: str = "cpu",
     memory: int | None = None,
     checkpoint: str | Path | None = None,
     planned: Callable[[Plan], None] | None = None,
@@ -106,6 +107,7 @@ def fit_grid(
         "tol": tol,
         "seed": seed,
         "compat": compat,
+        "device": device,
         "memory": memory,
         "checkpoint": checkpoint,
     }

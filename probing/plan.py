@@ -25,13 +25,21 @@ class Plan:
 
 
 def make_plan(
-    n: int, d: int, itemsize: int, *, columns: int, n_folds: int, n_masks: int, memory: int | None = None
+    n: int,
+    d: int,
+    itemsize: int,
+    *,
+    columns: int,
+    n_folds: int,
+    n_masks: int,
+    memory: int | None = None,
+    device_memory: int | None = None,
 ) -> Plan:
     """As many cells at once as there are cores, and as the memory holds.
 
     n, d, itemsize : samples of the largest cell, and their rows.  columns : of a fold.  n_folds, n_masks : see `projected`.
     memory : bytes for activations and solvers, beside what Python and its libraries take; by default half of what the
-        machine has, or the container.
+        machine has, or the container.  device_memory : bytes of the GPU that solves, where one does.
 
     Raises ProbeError where one cell with one column does not fit.
     """
@@ -41,20 +49,27 @@ def make_plan(
     def take(threads: int, ahead: int, k: int) -> int:
         return (threads + ahead) * cell + threads * projected(n, d, itemsize, k, n_folds, n_masks)
 
+    def fits(threads: int, ahead: int, k: int) -> bool:
+        on_device = threads * (cell + projected(n, d, itemsize, k, n_folds, n_masks, "cuda"))
+        return take(threads, ahead, k) <= memory and (device_memory is None or on_device <= device_memory)
+
     for threads in range(n_threads(), 0, -1):
         for ahead in (AHEAD, 1):
-            if (bytes_ := take(threads, ahead, columns)) <= memory:
-                return Plan(threads, ahead, None, bytes_)
+            if fits(threads, ahead, columns):
+                return Plan(threads, ahead, None, take(threads, ahead, columns))
     most = columns
     while most > 1:
         most = -(-most // 2)
-        if (bytes_ := take(1, 0, most)) <= memory:
-            return Plan(1, 0, most, bytes_)
-    if (bytes_ := take(1, 0, 1)) <= memory:
-        return Plan(1, 0, None, bytes_)
+        if fits(1, 0, most):
+            return Plan(1, 0, most, take(1, 0, most))
+    if fits(1, 0, 1):
+        return Plan(1, 0, None, take(1, 0, 1))
+    given = f"{memory / 2**30:.2f} GiB were given"
+    if device_memory is not None:
+        given += f", and the GPU has {device_memory / 2**30:.2f} GiB"
     raise ProbeError(
         f"the memory is too small: one cell of {n} samples x {d} takes {cell / 2**30:.2f} GiB, and with its solver up to "
-        f"{bytes_ / 2**30:.2f} GiB, but {memory / 2**30:.2f} GiB were given: give more, or keep fewer samples"
+        f"{take(1, 0, 1) / 2**30:.2f} GiB, but {given}: give more, or keep fewer samples"
     )
 
 

@@ -159,7 +159,8 @@ def _label(data: xr.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
     found = set(values[there].tolist())
     if not found <= {0, 1}:
         raise ProbeError(
-            f"label {name!r} has the values {sorted(map(str, found))[:5]}: expected true and false, or 1 and 0"
+            f"label {name!r} has the values {sorted(map(str, found))[:5]}: expected true and false, or 1 and 0; "
+            f"fit_multiclass_grid and `hiddenlake probe-classes` tell three or more apart"
         )
     return np.array([bool(ok and value) for value, ok in zip(values.tolist(), there, strict=True)], bool), there
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+import torch
 
 from hiddenlake.probing.design import Design, solver_of
 from hiddenlake.probing.solvers.batches import solve_in_batches
-from hiddenlake.probing.solvers.problem import Problem, Solution, make_problem
+from hiddenlake.probing.solvers.place import queue_of_thread
+from hiddenlake.probing.solvers.problem import Problem, Solution, as_tensor, make_problem
 from hiddenlake.probing.weights import column_class_weights
 
 # DeLong's variance needs two samples of each class in every fold.
@@ -72,15 +74,17 @@ def solve_cell(X: np.ndarray, rows: np.ndarray, design: Design, position: int = 
     )
     fitted = both[main[1], main[2]]
     which_c, mask, label_set = np.concatenate([main[:, fitted], inner[:, both[inner[1], 0]]], axis=1)
-    problem = make_problem(
-        X, labels, weight, C=design.C[which_c], fold=mask, label_set=label_set, scale=design.scale,
-        l1_ratio=design.l1_ratio,
-        class_weight=column_class_weights(design.class_weight, labels, weight, fold=mask, label_set=label_set),
-    )  # fmt: skip
-    solution = solve_in_batches(
-        solver_of(design.solver, design.l1_ratio), problem, design.tol, label_set * len(design.C) + which_c,
-        design.columns_at_once,
-    )  # fmt: skip
+    device = torch.device(design.device)
+    with queue_of_thread(device):
+        problem = make_problem(
+            as_tensor(X).to(device), labels, weight, C=design.C[which_c], fold=mask, label_set=label_set,
+            scale=design.scale, l1_ratio=design.l1_ratio,
+            class_weight=column_class_weights(design.class_weight, labels, weight, fold=mask, label_set=label_set),
+        )  # fmt: skip
+        solution = solve_in_batches(
+            solver_of(design.solver, design.l1_ratio), problem, design.tol, label_set * len(design.C) + which_c,
+            design.columns_at_once,
+        )  # fmt: skip
     return Solved(labels, fold, out, shape, fitted, which_c, mask, label_set, problem, solution)
 
 

@@ -7,8 +7,9 @@ import xarray as xr
 
 from hiddenlake.cache.store.reader import open_capture
 from hiddenlake.probing.experiments.places import Place
-from hiddenlake.probing.grid import best_cell, fit_grid, save_grid
+from hiddenlake.probing.grid import best_cell
 from hiddenlake.probing.plots import draw_comparison, draw_heatmap
+from hiddenlake.probing.run import run_grid
 from hiddenlake.probing.sweep import Progress
 
 
@@ -29,9 +30,8 @@ def heatmap(
     Returns the grid and the pictures.
     """
     settings = {"compat": compat} if compat else {"shuffles": shuffles}
-    grid = fit_grid(open_capture(place.capture), site, progress=progress, **settings)
     kind = f"{site}-{compat}" if compat else site
-    save_grid(grid, place.grid(kind))
+    grid = run_grid(open_capture(place.capture), site, place.grid(kind), progress=progress, **settings)
     pictures = [draw_heatmap(grid, place.picture(kind))]
     if reference is not None:
         pictures.append(draw_comparison(grid, reference, place.picture(f"{kind}-beside")))

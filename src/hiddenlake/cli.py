@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hiddenlake import cli_exchange, cli_lake, cli_paper, cli_report
+from hiddenlake import cli_exchange, cli_lake, cli_paper, cli_probe, cli_report
 from hiddenlake.cache.errors import BadInputError, HiddenlakeError
 from hiddenlake.cli_output import (
     EXIT_FAILED_SAMPLES,
@@ -270,160 +270,6 @@ def verify_command(
         raise typer.Exit(1)
 
 
-@app.command("probe")
-def probe_command(
-    capture: Capture,
-    site: Annotated[str, typer.Option(help="Which site's activations.")],
-    out: Annotated[Path, typer.Option(help="The grid to write, a .zarr folder.")],
-    label: Annotated[str, typer.Option(help="A column of the samples or of labels/.")] = "correct",
-    groups: Annotated[str, typer.Option(help="`group`, `gold` (the gold answer), or another column.")] = "group",
-    layers: Annotated[str, typer.Option(help="`all`, or 0-based layers: 13 or 0,5,10-12.")] = "all",
-    positions: Annotated[str, typer.Option(help="`all`, or positions, by comma.")] = "all",
-    cv: Annotated[int, typer.Option(help="Folds.")] = 5,
-    C: Annotated[str, typer.Option("--C", help="Inverse regularisation strengths, by comma.")] = "0.01",
-    scale: Annotated[str, typer.Option(help="`none`, `rms` or `feature`, fitted in the fold.")] = "feature",
-    shuffles: Annotated[int, typer.Option(help="Shuffled-label controls a cell.")] = 1,
-    nested: Annotated[
-        bool | None,
-        typer.Option(
-            help="Also choose the cell on inner folds, and score it on data that did not choose it; default from 3 folds on."
-        ),
-    ] = None,
-    controls: Annotated[
-        str, typer.Option(help="`all`, `none`, or some of token, place, random, task, by comma.")
-    ] = "all",
-    seed: Annotated[int, typer.Option(help="Of folds, shuffles and controls.")] = 0,
-    class_weight: Annotated[
-        str | None, typer.Option(help="`balanced`: both classes weigh alike in a fit, however rare one is.")
-    ] = None,
-    penalty: Annotated[str, typer.Option(help="`l2`, `l1`, or `elasticnet` with --l1-ratio.")] = "l2",
-    l1_ratio: Annotated[float | None, typer.Option(help="The share of an elastic net that is l1.")] = None,
-    compat: Annotated[str | None, typer.Option(help="`llmsknow`: the paper's fit to the letter.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="For activations and solvers, e.g. 8GiB; half of the machine's by default.")
-    ] = None,
-    keep: Annotated[
-        Path | None, typer.Option(help="Also fit the best cell on all samples, and keep that probe in this file.")
-    ] = None,
-) -> None:
-    """Fit certified probes over all (layer, position) cells of one site. The same command goes on where it stopped.
-
-    Exit status: 0 the grid is complete, 130 interrupted.
-    """
-    from dataclasses import asdict
-
-    from hiddenlake.cache.progress import counted, size
-    from hiddenlake.cache.sites import parse_layers
-    from hiddenlake.cache.store.reader import open_capture
-    from hiddenlake.probing.controls import CONTROLS
-    from hiddenlake.probing.grid import at_one_C, best_cell, controls_at
-    from hiddenlake.probing.plan import Plan
-    from hiddenlake.probing.run import run_grid
-
-    try:
-        strengths = tuple(float(c) for c in C.split(","))
-    except ValueError as error:
-        raise BadInputError(f"--C {C!r} is not a list of numbers such as 0.01 or 0.001,0.01") from error
-    opened = open_capture(capture)
-    coverage = opened.coverage
-
-    def planned(plan: Plan) -> None:
-        batches = "" if plan.columns is None else f", {plan.columns} columns of a fold at once"
-        talk(f"{plan.threads} cells at once{batches}: up to {size(plan.memory_bytes)} of memory")
-
-    try:
-        with counted(f"probing {site}") as progress:
-            grid = run_grid(
-                opened,
-                site,
-                out,
-                label=label,
-                groups=groups,
-                layers=None if layers == "all" else parse_layers(layers, max(coverage.layers, default=-1) + 1),
-                positions=None if positions == "all" else positions.split(","),
-                cv=cv,
-                C=strengths,
-                class_weight=class_weight,
-                penalty=penalty,
-                l1_ratio=l1_ratio,
-                scale=scale,
-                shuffles=shuffles,
-                nested=nested,
-                controls=CONTROLS if controls == "all" else () if controls == "none" else controls.split(","),
-                seed=seed,
-                compat=compat,
-                memory=None if memory is None else byte_count("--memory", memory),
-                planned=planned,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        talk(f"interrupted: the cells that were finished are kept beside {out}; the same command goes on from there")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    best = best_cell(grid)
-    if keep is not None:
-        from hiddenlake.probing.train import fit_probe
-
-        probe = fit_probe(
-            opened, site, best.layer, best.position, label=label, groups=groups, C=best.C, cv=cv,
-            class_weight=class_weight, penalty=penalty, l1_ratio=l1_ratio, scale=scale, seed=seed,
-        )  # fmt: skip
-        talk(f"the probe of layer {best.layer}, {best.position} is kept in {probe.save(keep)}")
-    found = asdict(best) | controls_at(at_one_C(grid), best.layer, best.position)
-    found |= {
-        name: grid.attrs[name]
-        for name in ("nested_auc", "nested_auc_lo", "nested_auc_hi", "max_t_p")
-        if name in grid.attrs
-    }
-    print(json.dumps({name: value if value == value else None for name, value in found.items()}))
-
-
-@app.command("score")
-def score_command(
-    probe: Annotated[Path, typer.Argument(help="A probe, as `probe --keep` wrote it.", show_default=False)],
-    capture: Capture,
-    out: Annotated[Path | None, typer.Option(help="A .parquet or .csv file; without it a table is printed.")] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Also where model, weights or precision are others; the result says so.")
-    ] = False,
-    rows: Annotated[int, typer.Option(help="Rows of the table.")] = 10,
-    as_json: Json = False,
-) -> None:
-    """Score every sample of a capture by a kept probe: log-odds and probability of its positive class."""
-    from hiddenlake.probing.probe import load_probe, score_capture
-
-    found = score_capture(load_probe(probe), capture, force)
-    table = found.to_dataframe().reset_index()
-    if found.attrs["forced"]:
-        talk(f"forced: the capture differs from the one that the probe was trained on in {found.attrs['differs']}")
-    if out is not None:
-        if out.suffix not in (".parquet", ".csv"):
-            raise BadInputError(f"{out}: expected a file whose name ends in .parquet or .csv")
-        table.to_parquet(out) if out.suffix == ".parquet" else table.to_csv(out, index=False)
-        talk(f"{len(table)} samples written to {out}")
-        return
-    shown = table.to_dict("records")
-    print(json.dumps({**found.attrs, "scores": shown})) if as_json else print_table(shown[:rows])
-
-
-@app.command("heatmap")
-def heatmap_command(
-    grid: Annotated[Path, typer.Argument(help="A grid, as `probe` wrote it.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="A .png, .svg or .pdf file.")],
-    compare: Annotated[Path | None, typer.Option(help="A reference grid (CSV) to draw beside it.")] = None,
-    metric: Annotated[str, typer.Option(help="Which of the grid's variables.")] = "auc",
-) -> None:
-    """Draw a grid as the paper's layer x token heatmap."""
-    from hiddenlake.probing.grid import open_grid
-    from hiddenlake.probing.plots import draw_comparison, draw_heatmap
-
-    opened = open_grid(grid)
-    if compare is None:
-        draw_heatmap(opened, out, metric)
-    else:
-        draw_comparison(opened, compare, out)
-    print(out)
-
-
 @app.command("demo")
 def demo_command(
     out: Annotated[
@@ -438,6 +284,7 @@ def demo_command(
 
 
 app.add_typer(cli_lake.app)
+app.add_typer(cli_probe.app)
 app.add_typer(cli_exchange.app)
 app.add_typer(cli_report.app)
 app.add_typer(cli_paper.app, name="paper")

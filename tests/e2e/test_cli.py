@@ -107,6 +107,24 @@ def test_probe_and_heatmap(lake, tmp_path):
     assert (tmp_path / "both.png").stat().st_size > 5000
 
 
+def test_probe_classes(lake, tmp_path):
+    keys = hiddenlake.open_capture(lake / "letters").keys
+    kinds = tmp_path / "kinds.csv"
+    kinds.write_text("key,kind\n" + "".join(f"{key},{'abc'[i % 3]}\n" for i, key in enumerate(keys)))
+    run("label", "add", lake / "letters", "kind", kinds)
+    command = ["probe-classes", lake / "letters", "--site", "mlp_out", "--label", "kind", "--cv", 2, "--layers", "0-1"]
+    grid = tmp_path / "kinds.zarr"
+    best = json.loads(run(*command, "--positions=last_q,-1", "--out", grid)[0])
+    opened = hiddenlake.open_grid(grid)
+    assert opened.auc.shape == (2, 2, 1) and best["auc"] == pytest.approx(float(opened.auc.max()))
+    assert list(best["class_auc"]) == opened["class"].values.tolist() == ["a", "b", "c"]
+    assert sum(best["class_auc"].values()) / 3 == pytest.approx(best["auc"])
+    run(*command, "--multiclass", "ovr", "--classes", "a,b,c", "--out", grid)
+    assert hiddenlake.open_grid(grid).attrs["multiclass"] == "ovr"
+    two = run("probe", lake / "letters", "--site", "mlp_out", "--label", "kind", "--out", tmp_path / "two.zarr", status=1)
+    assert "`hiddenlake probe-classes` tell three or more apart" in two[1]
+
+
 def test_report(lake, tmp_path):
     pytest.importorskip("plotly")
     grid, page = tmp_path / "mlp_out.zarr", tmp_path / "page.html"
