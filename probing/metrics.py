@@ -127,7 +127,10 @@ def bootstrap_interval(
 def bootstrap_variance(
     scores: np.ndarray, positive: np.ndarray, fold: np.ndarray, group: np.ndarray, *, seed: int
 ) -> np.ndarray:
-    """Variance of each fold's AUC when whole groups are drawn with replacement.
+    """Variance of each fold's AUC when whole groups are drawn with replacement, one fewer than there are.
+
+    As many as there are would vary by (G - 1) / G too little, which tells where a fold has few groups (Rao and Wu, Journal
+    of the American Statistical Association 83, 1988).
 
     scores : (n,), each from the probe that did not see the sample.  positive : (n,) bool.
     fold, group : (n,) int; a group lies in one fold.
@@ -135,7 +138,7 @@ def bootstrap_variance(
     For samples that are not independent: answers to one prompt, questions with one gold answer.
     Replicates in which a fold has one class only are left out.
 
-    Returns (F,) of the folds in their order; NaN where a fold has one class only.
+    Returns (F,) of the folds in their order; NaN where a fold has one class, or one group, only.
     """
     generator = np.random.default_rng([seed, 0xB007])
     found = []
@@ -151,7 +154,7 @@ def _bootstrap(
     scores: np.ndarray, positive: np.ndarray, group: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
     names, member = np.unique(group, return_inverse=True)
-    draws = generator.multinomial(len(names), np.full(len(names), 1.0 / len(names)), size=RESAMPLES).T
+    draws = generator.multinomial(len(names) - 1, np.full(len(names), 1.0 / len(names)), size=RESAMPLES).T
     order = np.argsort(scores, kind="stable")
     member, is_positive = member[order], positive[order]
     start, end = (bound[:, 0] for bound in _tie_bounds(scores[order][:, None]))
