@@ -32,7 +32,7 @@ from hiddenlake.probing.cell import Cell
 from hiddenlake.probing.solvers import torch
 
 # Counted up with whatever changes the numbers of a cell.
-RULES = 2
+RULES = 3
 
 
 class Checkpoint:

@@ -39,13 +39,14 @@ def fit_probes(
     scale: str = "feature",
     solver: str = "auto",
     tol: float = 1e-6,
-    shuffles: int = 1,
+    shuffles: int = 19,
     others: Mapping[str, np.ndarray] | None = None,
     nested: bool = False,
     seed: int = 0,
     compat: str | None = None,
     device: str = "cpu",
     memory: int | None = None,
+    threads: int | None = None,
     checkpoint: str | Path | None = None,
     planned: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -81,6 +82,7 @@ def fit_probes(
     device : `cpu`, `cuda` or `cuda:1`, what `auto` and `newton` solve on. `cuml` takes the GPU that CuPy does.
     memory : bytes for activations and solvers, half of the machine's by default. So many cells are worked on at once as
         fit, or else their columns in batches; refused where one does not (hiddenlake.probing.plan).
+    threads : cells that this process works on at once, at most; as many as there are cores by default.
     checkpoint : a folder where each finished cell is kept. The same call goes on from there, also while other processes
         work on it, to the same bits; a call that asks for anything else takes nothing from it. `run_grid` also
         removes it.
@@ -129,6 +131,8 @@ def fit_probes(
     if planned is not None:
         planned(plan)
     design = replace(design, columns_at_once=plan.columns)
+    if threads is not None:
+        plan = replace(plan, threads=min(plan.threads, threads))
 
     def fit(X: np.ndarray, rows: np.ndarray, position: int) -> Cell:
         return fit_cell(X, rows, design, position)

@@ -39,13 +39,14 @@ def fit_grid(
     scale: str = "feature",
     solver: str = "auto",
     tol: float = 1e-6,
-    shuffles: int = 1,
+    shuffles: int = 19,
     nested: bool | None = None,
     controls: Collection[str] = CONTROLS,
     seed: int = 0,
     compat: str | None = None,
     device: str = "cpu",
     memory: int | None = None,
+    threads: int | None = None,
     checkpoint: str | Path | None = None,
     planned: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -109,6 +110,7 @@ def fit_grid(
         "compat": compat,
         "device": device,
         "memory": memory,
+        "threads": threads,
         "checkpoint": checkpoint,
     }
     grid = fit_probes(

@@ -143,11 +143,11 @@ def sweep(
                 for future in wait(running, _POLL_SECONDS if elsewhere else None, FIRST_COMPLETED).done:
                     work = running.pop(future)
                     finished(work.cell, end(work))
-                if elsewhere and not waiting:
-                    if not running:
-                        time.sleep(_POLL_SECONDS)
-                    waiting.extend(elsewhere)
-                    elsewhere.clear()
+                if elsewhere and not running:
+                    time.sleep(_POLL_SECONDS)
+                # What others have finished meanwhile counts now, and not when nothing else is left.
+                waiting.extendleft(reversed(elsewhere))
+                elsewhere.clear()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for work in running.values():

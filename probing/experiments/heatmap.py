@@ -19,7 +19,6 @@ def heatmap(
     *,
     compat: str | None = None,
     reference: str | Path | None = None,
-    shuffles: int = 19,
     progress: Progress | None = None,
 ) -> tuple[xr.Dataset, list[Path]]:
     """The layer x token grid of a captured task, saved and drawn.
@@ -29,9 +28,8 @@ def heatmap(
 
     Returns the grid and the pictures.
     """
-    settings = {"compat": compat} if compat else {"shuffles": shuffles}
     kind = f"{site}-{compat}" if compat else site
-    grid = run_grid(open_capture(place.capture), site, place.grid(kind), progress=progress, **settings)
+    grid = run_grid(open_capture(place.capture), site, place.grid(kind), compat=compat, progress=progress)
     pictures = [draw_heatmap(grid, place.picture(kind))]
     if reference is not None:
         pictures.append(draw_comparison(grid, reference, place.picture(f"{kind}-beside")))

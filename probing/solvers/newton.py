@@ -68,7 +68,7 @@ class _Fold:
             if not len(left):
                 break
             if dtype != space.A.dtype:
-                space = make_space(training.rows.matrix(dtype))
+                space = make_space(training.rows.matrix(dtype), len(left))
             inside = columns.weight > 0
             for group in self._groups(left):
                 moved, b = self._newton(space, group, state[:, group], scores[inside][:, group], intercept[group])

@@ -1,15 +1,16 @@
 """Spaces: where Newton's steps are solved for, with the weights as coordinates or one coordinate a row.
 
 For a curvature D of the losses, one value a row and column, a step s of the weights solves (I + A^T D A) s = -g.
-Were D the same number c everywhere, H = I + c A^T A, one matrix for all columns, would be inverted once. So the step is
-sought in coordinates u in which H is the identity: w = T u with T T^T = H^-1, and F = A T, so that
+Were D the same in all columns, say E, one matrix H = I + A^T E A would be inverted for all. So the step is sought in
+coordinates u in which H is the identity: w = T u with T T^T = H^-1, and F = A T, so that
 
-    (I + F^T (D - c) F) u = -T^T g
+    (I + F^T (D - E) F) u = -T^T g
 
-is well conditioned as far as D is near c, however badly A is: what rounding does to F is small beside F, and not
-beside what was left of A's largest directions. Conjugate gradients solve it for all columns at once.
+is well conditioned as far as D is near E, however badly A is: what rounding does to F is small beside F, and not
+beside what was left of A's largest directions. Conjugate gradients solve it for all columns at once. E is the mean of the
+columns' D when H is factorised, which is done again once as much was spent on products as that costs.
 
-With fewer rows than features all is expressed in rows: w = A^T a and g = A^T v have T^T g = F^T v, and only
+With fewer rows than features E is one number c, and all is expressed in rows: w = A^T a and g = A^T v have T^T g = F^T v, and only
 K = F F^T = A A^T (I + c A A^T)^-1 is needed: u = F^T n turns the step into n + (D - c) K n = -v, in the inner product
 of K, and then a += n - c K n and the scores change by K n.
 
@@ -24,7 +25,7 @@ import torch
 
 from hiddenlake.probing.solvers.problem import ScaledRows
 
-# A factorisation serves all columns whose curvature is, in its mean, within this factor of what it was made for:
+# In rows a factorisation serves all columns whose curvature is, in its mean, within this factor of what it was made for:
 # conjugate gradients lose its root in steps, while another factorisation costs as much as tens of them. It is made for
 # more than what is asked, because a path's C grows. (Measured over 1,000 fits at 4 to 32, ahead by 1 to 8.)
 _REACH = 16.0
@@ -62,24 +63,24 @@ def make_spaces(A: torch.Tensor, k: int) -> "Iterator[Primal | Dual]":
 
     Few columns may be done before a factorisation has paid for itself, so they are first tried without.
     """
-    if (patience := _patience(*A.shape, k)) > 0:
-        yield Primal(A, patience)
-    if not patience or A.shape[1] > A.shape[0]:
-        yield make_space(A)
+    price = _price(*A.shape, k)
+    few = k * _USUAL_STEPS <= price
+    if few or A.shape[1] <= A.shape[0]:
+        yield Primal(A, price, patient=few)
+    if A.shape[1] > A.shape[0]:
+        yield Dual(A)
 
 
-def make_space(A: torch.Tensor) -> "Primal | Dual":
-    """The smaller of both."""
-    return Primal(A) if A.shape[1] <= A.shape[0] else Dual(A)
+def make_space(A: torch.Tensor, k: int) -> "Primal | Dual":
+    """The smaller of both, for k columns."""
+    return Primal(A, _price(*A.shape, k)) if A.shape[1] <= A.shape[0] else Dual(A)
 
 
-def _patience(n: int, d: int, k: int) -> int:
-    """Products of a column with A and A^T that cost as much as a factorisation; 0 where more will be needed."""
+def _price(n: int, d: int, k: int) -> int:
+    """Products of a column with A and A^T that cost as much as a factorisation."""
     small = min(n, d)
     products = (3 * n * d * small + small**3 / 3) / (4 * n * d)
-    if k < _FEW:
-        products /= _VECTOR_COST
-    return int(products) if k * _USUAL_STEPS <= products else 0
+    return int(products / _VECTOR_COST if k < _FEW else products)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +111,16 @@ class Curvature:
 class Primal:
     """A state is the weights, (d, k).
 
-    patience : products of a column with A and A^T before anything is factorised.
+    price : products of a column with A and A^T that cost as much as a factorisation.
+    patient : spend as much before the first one.
     """
 
-    def __init__(self, A: torch.Tensor, patience: int = 0) -> None:
+    def __init__(self, A: torch.Tensor, price: int, patient: bool = False) -> None:
         self.A = A
-        self.patience = patience
-        self._gram = self._L = None
-        self._c, self._F = 0.0, A
+        # Many columns of several C go on using a factorisation that few would replace (measured at once and twice).
+        self._price, self._spent = (price, 0) if patient else (2 * price, 2 * price)
+        self._L: torch.Tensor | None = None
+        self._E, self._F = A.new_zeros(1, 1), A
 
     def start(self, k: int) -> torch.Tensor:
         return self.A.new_zeros(self.A.shape[1], k, dtype=torch.float64)
@@ -147,7 +150,7 @@ class Primal:
 
         Raises BreakdownError.
         """
-        self._prepare(c)
+        self._prepare(curvature)
         if self._L is None:
             state, scores = self._cg(g, curvature, accuracy)
             return Step(state.double(), scores.double()), (g * state).sum(0).double()
@@ -156,22 +159,20 @@ class Primal:
         state = torch.linalg.solve_triangular(self._L.mT, u, upper=True)
         return Step(state.double(), Fu.double()), (g * u).sum(0).double()
 
-    def _prepare(self, c: float) -> None:
-        if self.patience > 0 or (self._c and 1 / _REACH <= c / self._c <= _REACH):
+    def _prepare(self, curvature: Curvature) -> None:
+        if self._spent < self._price:
             return
         if self.A.shape[1] > self.A.shape[0]:
             raise BreakdownError("with fewer rows than features, rows are what is factorised")
-        if self._gram is None:
-            self._gram = (self.A.mT @ self.A).double()
-        c *= _AHEAD
-        H = c * self._gram
+        self._E, self._spent = curvature.values.mean(1, keepdim=True), 0
+        B = self._E.sqrt() * self.A
+        H = (B.mT @ B).double()
         H.diagonal().add_(1.0)
         self._L = _cholesky(H).to(self.A.dtype)
         self._F = torch.linalg.solve_triangular(self._L, self.A.mT, upper=False).mT.contiguous()
-        self._c = c
 
     def _cg(self, g: torch.Tensor, curvature: Curvature, accuracy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        F, c = self._F, self._c
+        F, E = self._F, self._E
         out, out_scores = torch.zeros_like(g), torch.zeros_like(curvature.values)
         on = torch.arange(g.shape[1], device=g.device)
         u, Fu = out.clone(), out_scores.clone()
@@ -179,12 +180,11 @@ class Primal:
         direction, norm = rest.clone(), rest.square().sum(0)
         goal = accuracy.square() * norm
         for _ in range(_MAX_STEPS):
-            if self._L is None:
-                self.patience -= len(on)
-                if self.patience <= 0:
-                    break
+            if self._L is None and self._spent >= self._price:
+                break
+            self._spent += len(on)
             forward = F @ direction
-            product = torch.addmm(direction, F.mT, curvature(forward).sub_(forward, alpha=c))
+            product = torch.addmm(direction, F.mT, curvature(forward).addcmul_(E, forward, value=-1.0))
             bend = (direction * product).sum(0)
             going = (norm > goal) & (bend > 0)
             if not going.any():

@@ -39,7 +39,7 @@ def probe_command(
     cv: Folds = 5,
     C: Strengths = "0.01",
     scale: Scale = "feature",
-    shuffles: Shuffles = 1,
+    shuffles: Shuffles = 19,
     nested: Annotated[
         bool | None,
         typer.Option(
@@ -67,6 +67,9 @@ def probe_command(
     compat: Annotated[str | None, typer.Option(help="`llmsknow`: the paper's fit to the letter.")] = None,
     memory: Annotated[
         str | None, typer.Option(help="For activations and solvers, e.g. 8GiB; half of the machine's by default.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes, each on one cell at a time; by default one a core.")
     ] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Also fit the best cell on all samples, and keep that probe in this file.")
@@ -113,6 +116,7 @@ def probe_command(
                 device=device,
                 compat=compat,
                 memory=None if memory is None else byte_count("--memory", memory),
+                workers=workers,
                 planned=planned,
                 progress=progress,
             )

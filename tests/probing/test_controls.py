@@ -86,7 +86,7 @@ def test_each_control_takes_what_it_knows_from_the_probe(make_capture):
 
 
 def test_a_token_that_is_always_the_same_has_no_control_task(make_capture):
-    grid = fit_grid(make_capture(n=200), "mlp_out", positions=["last_q", "-1"], layers=[0]).squeeze()
+    grid = fit_grid(make_capture(n=200), "mlp_out", positions=["last_q", "-1"], layers=[0], shuffles=1).squeeze()
     assert np.isnan(grid.control_task_auc.sel(position="last_q")) and np.isnan(grid.selectivity.sel(position="last_q"))
     assert float(grid.random_auc.sel(position="last_q")) == 0.5 and bool(grid.converged.all())
     assert np.isfinite(grid.selectivity.sel(position="-1"))

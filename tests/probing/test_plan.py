@@ -36,7 +36,7 @@ def test_columns_in_batches_are_the_same_probes():
     y = rng.random(3000) < 0.4
     A = xr.DataArray(rng.standard_normal((3000, 6)).astype(np.float32) + y[:, None] * 0.3, dims=("sample", "hidden"))
     plans = []
-    how = {"C": (0.01, 0.1, 1.0), "cv": 3, "shuffles": 9, "nested": True}
+    how = {"C": (0.01, 0.1, 1.0), "cv": 3, "shuffles": 9, "nested": True, "tol": 1e-9}
     whole = fit_probes(A, y, **how)
     few = 3000 * 6 * 4 + projected(3000, 6, 4, 5, 3, 6)
     parts = fit_probes(A, y, **how, memory=few, planned=plans.append)

@@ -201,7 +201,7 @@ def test_a_step_solves_newtons_system(n, d, c, dtype):
         torch.rand(n, 3, generator=g, dtype=torch.float64),
         torch.randn(n, 3, generator=g, dtype=torch.float64),
     )
-    space = spaces.make_space(A.to(dtype))
+    space = spaces.make_space(A.to(dtype), 1)
     assert isinstance(space, spaces.Primal if d <= n else spaces.Dual)
     state = torch.randn(d if d <= n else n, 3, generator=g, dtype=torch.float64)
     handle, norm = space.gradient(state, residual.to(dtype))

@@ -1,0 +1,64 @@
+"""Helper: a process that works on the cells of another one's grid, one at a time, through the same checkpoint.
+
+Threads do not do for narrow cells: their matrix products are so short that Python's lock is what they wait for. (450 cells
+of 1,000 x 576 on two cores: two threads took as long as one, two processes half of it.)
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+
+class Helper:
+    """A running helper. It ends with the block that it is started for, and with this process, however that ends."""
+
+    def __init__(self, capture: str, site: str, checkpoint: Path, arguments: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "hiddenlake.probing.helper"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        with suppress(BrokenPipeError):  # it has ended already, which is said at the end
+            pickle.dump((capture, site, checkpoint, arguments), self._process.stdin)
+            self._process.stdin.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        ended = self._process.poll()
+        self._process.terminate()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        if kind is None and ended:
+            warnings.warn(
+                f"a process that helped with the grid ended with status {ended}: its cells were fitted without it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def main() -> None:
+    from hiddenlake.cache.store.reader import open_capture
+    from hiddenlake.probing.grid import fit_grid
+
+    capture, site, checkpoint, arguments = pickle.load(sys.stdin.buffer)
+
+    def end_with_parent() -> None:
+        sys.stdin.buffer.read()
+        os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        fit_grid(open_capture(capture), site, checkpoint=checkpoint, threads=1, **arguments)
+    except KeyboardInterrupt:  # said by who is helped
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
