@@ -103,15 +103,16 @@ def math(fields: Fields, where: str) -> Row:
 def winobias(fields: Fields, where: str) -> Row:
     """`sentence`, `pronoun`, `answer`, `incorrect_answer`, `q_instruct` (a question) and `q` (its answer's beginning).
 
-    A group is a sentence without its pronoun: each is there with pronouns of both genders.
+    A group is the two answers: up to eight sentences about the same two people, with pronouns of both genders, of which
+    half turn the answer. On both sides of a split they teach a probe the opposite of what it is asked.
     """
-    sentence, pronoun = _text(fields, where, "sentence"), _text(fields, where, "pronoun")
+    right, wrong = _text(fields, where, "answer"), _text(fields, where, "incorrect_answer")
     return Row(
-        sentence,
-        (_text(fields, where, "answer"),),
-        (_text(fields, where, "incorrect_answer"),),
+        _text(fields, where, "sentence"),
+        (right,),
+        (wrong,),
         context=(_text(fields, where, "q_instruct"), _text(fields, where, "q")),
-        group=re.sub(rf"\b{re.escape(pronoun)}\b", "_", sentence),
+        group=" ".join(sorted((right, wrong))),
     )
 
 

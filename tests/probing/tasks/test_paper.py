@@ -204,7 +204,7 @@ def test_sentences_that_differ_in_a_pronoun_and_twins_share_a_group(load):
     for name in ("winobias", "winogrande", "mnli"):
         first, second = load(name).questions
         assert first.group == second.group and first.question != second.question
-    assert load("winobias").questions[0].group == "The clerk called the nurse because _ was lost."
+    assert load("winobias").questions[0].group == "clerk nurse"
     first, second = load("triviaqa").questions
     assert first.group != second.group
 
