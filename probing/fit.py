@@ -46,7 +46,7 @@ def fit_probes(
     compat: str | None = None,
     device: str = "cpu",
     memory: int | None = None,
-    threads: int | None = None,
+    processes: int = 1,
     checkpoint: str | Path | None = None,
     planned: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -82,7 +82,7 @@ def fit_probes(
     device : `cpu`, `cuda` or `cuda:1`, what `auto` and `newton` solve on. `cuml` takes the GPU that CuPy does.
     memory : bytes for activations and solvers, half of the machine's by default. So many cells are worked on at once as
         fit, or else their columns in batches; refused where one does not (hiddenlake.probing.plan).
-    threads : cells that this process works on at once, at most; as many as there are cores by default.
+    processes : how many on this machine share the memory, the cores and, through `checkpoint`, the cells.
     checkpoint : a folder where each finished cell is kept. The same call goes on from there, also while other processes
         work on it, to the same bits; a call that asks for anything else takes nothing from it. `run_grid` also
         removes it.
@@ -127,12 +127,12 @@ def fit_probes(
     plan = make_plan(
         n, cells.width, cells.dtype.itemsize, columns=len(design.C) * design.label_sets(0).shape[0], n_folds=cv,
         n_masks=len(left_out(cv, nested)), memory=memory, device_memory=device_memory(on),
+        processes=processes,
     )  # fmt: skip
     if planned is not None:
         planned(plan)
     design = replace(design, columns_at_once=plan.columns)
-    if threads is not None:
-        plan = replace(plan, threads=min(plan.threads, threads))
+    plan = replace(plan, threads=max(1, plan.threads // processes))
 
     def fit(X: np.ndarray, rows: np.ndarray, position: int) -> Cell:
         return fit_cell(X, rows, design, position)

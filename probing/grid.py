@@ -46,7 +46,7 @@ def fit_grid(
     compat: str | None = None,
     device: str = "cpu",
     memory: int | None = None,
-    threads: int | None = None,
+    processes: int = 1,
     checkpoint: str | Path | None = None,
     planned: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -110,7 +110,7 @@ def fit_grid(
         "compat": compat,
         "device": device,
         "memory": memory,
-        "threads": threads,
+        "processes": processes,
         "checkpoint": checkpoint,
     }
     grid = fit_probes(

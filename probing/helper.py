@@ -1,7 +1,7 @@
-"""Helper: a process that works on the cells of another one's grid, one at a time, through the same checkpoint.
+"""Helper: a process that works on the cells of another one's grid, through the same checkpoint.
 
-Threads do not do for narrow cells: their matrix products are so short that Python's lock is what they wait for. (450 cells
-of 1,000 x 576 on two cores: two threads took as long as one, two processes half of it.)
+Threads do not do for narrow cells: their matrix products are so short that Python's lock is what they wait for. (Cells of
+1,000 x 576 on two cores: two threads took as long as one, two processes half of it.)
 """
 
 import os
@@ -55,7 +55,7 @@ def main() -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        fit_grid(open_capture(capture), site, checkpoint=checkpoint, threads=1, **arguments)
+        fit_grid(open_capture(capture), site, checkpoint=checkpoint, **arguments)
     except KeyboardInterrupt:  # said by who is helped
         sys.exit(130)
 

@@ -34,12 +34,14 @@ def make_plan(
     n_masks: int,
     memory: int | None = None,
     device_memory: int | None = None,
+    processes: int = 1,
 ) -> Plan:
     """As many cells at once as there are cores, and as the memory holds.
 
     n, d, itemsize : samples of the largest cell, and their rows.  columns : of a fold.  n_folds, n_masks : see `projected`.
     memory : bytes for activations and solvers, beside what Python and its libraries take; by default half of what the
         machine has, or the container.  device_memory : bytes of the GPU that solves, where one does.
+    processes : that share the cells and the memory, and each read ahead for themselves.
 
     Raises ProbeError where one cell with one column does not fit.
     """
@@ -47,7 +49,8 @@ def make_plan(
     cell = n * d * itemsize
 
     def take(threads: int, ahead: int, k: int) -> int:
-        return (threads + ahead) * cell + threads * projected(n, d, itemsize, k, n_folds, n_masks)
+        held = threads + min(threads, processes) * ahead
+        return held * cell + threads * projected(n, d, itemsize, k, n_folds, n_masks)
 
     def fits(threads: int, ahead: int, k: int) -> bool:
         on_device = threads * (cell + projected(n, d, itemsize, k, n_folds, n_masks, "cuda"))

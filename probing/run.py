@@ -17,8 +17,8 @@ from hiddenlake.probing.plan import Plan, n_threads
 from hiddenlake.probing.saving import check_target, save_grid
 from hiddenlake.probing.sweep import Progress
 
-# Of fewer, most would be done before another process has started.
-_MANY_CELLS = 50
+# For fewer a process is not started: others would have done most of them before it is there.
+_CELLS_EACH = 25
 
 
 def run_grid(
@@ -38,8 +38,8 @@ def run_grid(
     returns, and saves, the whole grid.
 
     out : the grid's folder.
-    workers : processes on this machine, each on one cell at a time, and no more than the memory holds. By default one a core
-        for a capture's grid on CPUs, where it has cells enough; else one, with a thread a core.
+    workers : processes on this machine, no more than there are cores and than the memory holds; they share its cores. By
+        default one a core for a capture's grid on CPUs, where it has cells enough, else one.
     planned, progress, arguments : those of fit_grid.
 
     Raises StoreError when `out` cannot be written, ProbeError for less than one worker, and what fit_grid raises.
@@ -50,8 +50,8 @@ def run_grid(
         capture = open_capture(capture)
     stored = isinstance(capture, Capture)
     if workers is None:
-        many = stored and _n_cells(capture, **arguments) >= _MANY_CELLS
-        workers = n_threads() if many and arguments.get("device", "cpu") == "cpu" else 1
+        alone = not stored or arguments.get("device", "cpu") != "cpu"
+        workers = 1 if alone else max(1, min(n_threads(), _n_cells(capture, **arguments) // _CELLS_EACH))
     if workers < 1 or (workers > 1 and not stored):
         raise ProbeError(f"workers is {workers}: expected 1 or more, and 1 for what is no stored capture")
     with in_progress(out) as folder, ExitStack() as helpers:
@@ -60,11 +60,11 @@ def run_grid(
             if planned is not None:
                 planned(plan)
             for _ in range(min(workers, plan.threads) - 1):
-                helpers.enter_context(Helper(capture.path, site, folder, arguments))
+                helpers.enter_context(Helper(capture.path, site, folder, arguments | {"processes": workers}))
 
         grid = fit_grid(
             capture, site, checkpoint=folder, planned=start, progress=progress,
-            threads=1 if workers > 1 else None, **arguments,
+            processes=workers, **arguments,
         )  # fmt: skip
         with FileLock(folder / "lock"):
             save_grid(grid, out)

@@ -69,7 +69,7 @@ def probe_command(
         str | None, typer.Option(help="For activations and solvers, e.g. 8GiB; half of the machine's by default.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes, each on one cell at a time; by default one a core.")
+        int | None, typer.Option(help="Processes that share the cells; by default one a core.")
     ] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Also fit the best cell on all samples, and keep that probe in this file.")

@@ -16,18 +16,23 @@ from hiddenlake.probing.solvers.memory import projected
 
 
 @given(
-    n=st.integers(1, 100_000), d=st.integers(1, 8192), columns=st.integers(1, 300), memory=st.integers(1 << 20, 1 << 42)
+    n=st.integers(1, 100_000),
+    d=st.integers(1, 8192),
+    columns=st.integers(1, 300),
+    memory=st.integers(1 << 20, 1 << 42),
+    processes=st.integers(1, 8),
 )
-def test_a_plan_keeps_to_the_memory(n, d, columns, memory):
+def test_a_plan_keeps_to_the_memory(n, d, columns, memory, processes):
     one = n * d * 2 + projected(n, d, 2, 1, 5, 15)
-    how = {"columns": columns, "n_folds": 5, "n_masks": 15}
+    how = {"columns": columns, "n_folds": 5, "n_masks": 15, "processes": processes}
     if one > memory:
         with pytest.raises(ProbeError, match="the memory is too small"):
             make_plan(n, d, 2, memory=memory, **how)
         return
     plan = make_plan(n, d, 2, memory=memory, **how)
     cell, at_once = n * d * 2, plan.columns or columns
-    taken = (plan.threads + plan.ahead) * cell + plan.threads * projected(n, d, 2, at_once, 5, 15)
+    held = plan.threads + min(plan.threads, processes) * plan.ahead
+    taken = held * cell + plan.threads * projected(n, d, 2, at_once, 5, 15)
     assert taken == plan.memory_bytes <= memory and 1 <= plan.threads <= n_threads() and at_once <= columns
 
 
