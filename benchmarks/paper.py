@@ -69,13 +69,15 @@ def of_task(task: str, data: Path, limit: int, out: Path) -> list[Row]:
     paper = open_grid(path)
     [capture] = (path for path in (out / "lake").iterdir() if task in path.name)
     worst, cells = apart(paper, capture, out)
-    sides = {name[2:]: int(grid[name].max()) for name in grid.data_vars if f"valid_share_{name[2:]}" in grid}
-    valid = {side: float(grid[f"valid_share_{side}"].max()) for side in sides}
-    about = ", ".join(f"{n} {side} ({100 * valid[side]:.0f} % with an exact answer)" for side, n in sides.items())
+    every = grid.sel(position="last_q").isel(layer=0)  # a token that each sample has, whatever its answer
+    about = ", ".join(
+        f"{int(every[f'n_{side}'])} {side} ({100 * float(every[f'valid_share_{side}']):.0f} % with an exact answer)"
+        for side in ("correct", "wrong")
+    )
     return [
         Row(
             f"{task}: best cell, layer {best['layer']}, {best['position']}", "AUC", best["auc"], None, "", rounds=1,
-            note=f"{grid.attrs['n_samples']} answers, of the cells' {about}; {grid.attrs['note']}",
+            note=f"{about}; {grid.attrs['note']}",
         ),
         Row(
             f"{task}: the paper's fit, {cells} cells", "largest difference of an AUC", worst, None,
