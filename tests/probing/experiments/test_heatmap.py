@@ -16,7 +16,7 @@ def place(tmp_path, monkeypatch, make_capture):
 
 
 def test_a_heatmap_is_saved_and_drawn(place):
-    grid, pictures = heatmap(place, shuffles=4)
+    grid, pictures = heatmap(place)
     assert pictures == [place.folder / "winobias-small-mlp_out.png"] and pictures[0].stat().st_size > 10_000
     assert open_grid(place.grid("mlp_out")).auc.equals(grid.auc)
     assert grid.attrs["best_layer"] == 1 and grid.attrs["best_position"] == "exact_answer_last"
@@ -26,7 +26,7 @@ def test_a_heatmap_is_saved_and_drawn(place):
 def test_the_papers_own_fit_is_kept_apart_and_drawn_beside_a_published_grid(place):
     reference = place.folder / "published.csv"
     reference.write_text("layer,exact_answer_last,-1\n0,0.5,0.6\n1,0.9,0.5\n2,0.6,0.6\n")
-    heatmap(place, shuffles=0)
+    heatmap(place)
     grid, pictures = heatmap(place, compat="llmsknow", reference=reference)
     assert grid.attrs["compat"] == "llmsknow"
     assert [picture.name for picture in pictures] == [

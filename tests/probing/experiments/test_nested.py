@@ -36,7 +36,7 @@ def test_groups_that_repeat_are_drawn_as_a_whole(make_capture):
     chosen = chosen_of(data)
     design = design_of(chosen, SETTINGS)
     auc = fold_auc(held_out_scores(chosen, design, [(1, "-1")] * 5).score, chosen.positive, design)
-    cell = fit_grid(data, "mlp_out", layers=[1], positions=["-1"], shuffles=0)
+    cell = fit_grid(data, "mlp_out", layers=[1], positions=["-1"], shuffles=0, controls=(), nested=False)
     assert design.group is not None
     assert [auc.auc, auc.lo, auc.hi] == pytest.approx([cell[name].item() for name in ("auc", "auc_lo", "auc_hi")])
 
