@@ -78,7 +78,7 @@ def fit_probes(
     nested : also fit the labels with every two folds left out, for a choice of cells by inner folds
         (inference.nested_choice). Twice the work, or less beside shuffles or several C.
     compat : `llmsknow` fits the probe of "LLMs Know More Than They Show" to the letter and takes C, cv,
-        groups, scale, solver and shuffles from there (hiddenlake.probing.compat).
+        groups, scale, solver, shuffles and device, a CPU, from there (hiddenlake.probing.compat).
     device : `cpu`, `cuda` or `cuda:1`, what `auto` and `newton` solve on. `cuml` takes the GPU that CuPy does.
     memory : bytes for activations and solvers, half of the machine's by default. So many cells are worked on at once as
         fit, or else their columns in batches; refused where one does not (hiddenlake.probing.plan).

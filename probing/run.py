@@ -39,7 +39,8 @@ def run_grid(
 
     out : the grid's folder.
     workers : processes on this machine, no more than there are cores and than the memory holds; they share its cores. By
-        default one a core for a capture's grid on CPUs, where it has cells enough, else one.
+        default one a core for a capture's grid on CPUs, where it has cells enough, else one. The paper's own fit
+        (compat) takes threads of this process, whatever is asked for.
     planned, progress, arguments : those of fit_grid.
 
     Raises StoreError when `out` cannot be written, ProbeError for less than one worker, and what fit_grid raises.

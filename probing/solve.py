@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import torch
 
 from hiddenlake.probing.design import Design, solver_of
 from hiddenlake.probing.solvers.batches import solve_in_batches
-from hiddenlake.probing.solvers.place import queue_of_thread
+from hiddenlake.probing.solvers.place import check_device, queue_of_thread
 from hiddenlake.probing.solvers.problem import Problem, Solution, as_tensor, make_problem
 from hiddenlake.probing.weights import column_class_weights
 
@@ -74,7 +73,7 @@ def solve_cell(X: np.ndarray, rows: np.ndarray, design: Design, position: int = 
     )
     fitted = both[main[1], main[2]]
     which_c, mask, label_set = np.concatenate([main[:, fitted], inner[:, both[inner[1], 0]]], axis=1)
-    device = torch.device(design.device)
+    device = check_device(design.device)
     with queue_of_thread(device):
         problem = make_problem(
             as_tensor(X).to(device), labels, weight, C=design.C[which_c], fold=mask, label_set=label_set,

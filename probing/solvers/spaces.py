@@ -10,8 +10,8 @@ is well conditioned as far as D is near E, however badly A is: what rounding doe
 beside what was left of A's largest directions. Conjugate gradients solve it for all columns at once. E is the mean of the
 columns' D when H is factorised, which is done again once as much was spent on products as that costs.
 
-With fewer rows than features E is one number c, and all is expressed in rows: w = A^T a and g = A^T v have T^T g = F^T v, and only
-K = F F^T = A A^T (I + c A A^T)^-1 is needed: u = F^T n turns the step into n + (D - c) K n = -v, in the inner product
+With fewer rows than features E is one number c, and all is expressed in rows: w = A^T a and g = A^T v have
+T^T g = F^T v, and only K = F F^T = A A^T (I + c A A^T)^-1 is needed: u = F^T n turns the step into n + (D - c) K n = -v, in the inner product
 of K, and then a += n - c K n and the scores change by K n.
 
 Shape letters: n rows, d features, k columns.
@@ -146,6 +146,7 @@ class Primal:
     ) -> tuple[Step, torch.Tensor]:
         """(step, (k,) derivative of the objective along it).
 
+        c : the columns' mean curvature, which only Dual needs.
         accuracy : (k,), of the residual in these coordinates, relative to the right-hand side.
 
         Raises BreakdownError.

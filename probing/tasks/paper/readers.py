@@ -101,7 +101,7 @@ def math(fields: Fields, where: str) -> Row:
 
 
 def winobias(fields: Fields, where: str) -> Row:
-    """`sentence`, `pronoun`, `answer`, `incorrect_answer`, `q_instruct` (a question) and `q` (its answer's beginning).
+    """`sentence`, `answer`, `incorrect_answer`, `q_instruct` (a question) and `q` (its answer's beginning).
 
     A group is the two answers: up to eight sentences about the same two people, with pronouns of both genders, of which
     half turn the answer. On both sides of a split they teach a probe the opposite of what it is asked.
