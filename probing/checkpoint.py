@@ -49,6 +49,8 @@ class Checkpoint:
             if isinstance(value, np.ndarray):
                 content = repr(value.tolist()).encode() if value.dtype == object else value.tobytes()
                 value = f"{value.dtype.str} {value.shape} {sha256(content).hexdigest()}"
+            elif isinstance(value, np.generic):
+                value = value.item()  # 5 is 5, whoever counted it
             found.update(f"\n{name} {value!r}".encode())
         self.folder = folder / found.hexdigest()[:32]
         files.make_folders(self.folder)

@@ -80,7 +80,6 @@ class Design:
             raise ProbeError(f"C is {self.C.tolist()}: expected one or more numbers above 0")
         if not self.tol > 0:
             raise ProbeError(f"tol is {self.tol}: expected a number above 0, e.g. 1e-6")
-        check_class_weight(self.class_weight)
         if self.nested and self.n_folds < 3:
             raise ProbeError(f"cv is {self.n_folds}: a nested choice needs 3 folds or more, or nested=False")
 
@@ -144,7 +143,7 @@ def make_design(
         tol=tol,
         seed=seed,
         sample_weight=check_sample_weight(np.ones(n) if sample_weight is None else sample_weight, positive, kept),
-        class_weight=class_weight,
+        class_weight=check_class_weight(class_weight),
         l1_ratio=check_penalty(penalty, l1_ratio),
         nested=nested,
         device=device,

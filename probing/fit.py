@@ -149,7 +149,7 @@ def fit_probes(
         "solver": design.solver_name,
         "tol": tol,
         "sample_weight": "none" if sample_weight is None else "given",
-        "class_weight": str(class_weight or "none"),
+        "class_weight": str(design.class_weight or "none"),
         "l1_ratio": design.l1_ratio,
         "shuffles": shuffles,
         "seed": seed,

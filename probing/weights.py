@@ -31,15 +31,16 @@ def check_sample_weight(values: Sequence | np.ndarray, positive: np.ndarray, kep
     return np.where(kept, weight, 0.0)
 
 
-def check_class_weight(class_weight: ClassWeight) -> None:
-    """Raises ProbeError for what is not None, `balanced`, or positive weights by False and True."""
+def check_class_weight(class_weight: ClassWeight) -> ClassWeight:
+    """The same, in bool and float. Raises ProbeError for what is not None, `balanced`, or positive weights by False and True."""
     if class_weight is None or class_weight == "balanced":
-        return
+        return class_weight
     if not isinstance(class_weight, Mapping):
         raise ProbeError(f"class_weight is {class_weight!r}: expected None, `balanced`, or weights by False and True")
     for key, weight in class_weight.items():
         if key not in (False, True) or not (np.isfinite(weight) and weight > 0):
             raise ProbeError(f"class_weight gives {key!r} {weight!r}: expected a weight above 0 by False or True")
+    return {bool(key): float(weight) for key, weight in sorted(class_weight.items())}
 
 
 def column_class_weights(

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xarray as xr
 
@@ -16,7 +17,14 @@ from hiddenlake.probing import fit
 from hiddenlake.probing.grid import fit_grid
 from hiddenlake.probing.run import run_grid
 
-ARGUMENTS = {"cv": 3, "shuffles": 2, "controls": ["token"]}
+ARGUMENTS = {
+    "cv": 3,
+    "shuffles": 2,
+    "controls": ("token",),
+    "C": (0.01, 0.1),
+    "layers": np.arange(2),
+    "class_weight": {False: 1.0, True: np.float64(2.5)},
+}
 
 SLOW = """
 import sys, time
@@ -55,7 +63,7 @@ def test_a_helper_takes_cells_and_changes_no_bit(disk, whole, tmp_path, monkeypa
         disk, "mlp_out", tmp_path / "g.zarr", workers=2, progress=lambda *pair: seen.append(pair), **ARGUMENTS
     )
     xr.testing.assert_identical(grid, whole)
-    cells = whole.auc.size + whole.sizes["position"]
+    cells = (whole.sizes["layer"] + 1) * whole.sizes["position"]
     assert 0 < len(own) < cells and seen[-1] == (cells, cells)
     assert [path.name for path in tmp_path.iterdir()] == ["g.zarr"]
 
