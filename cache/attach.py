@@ -9,12 +9,12 @@ from typing import Any, Self
 from hiddenlake.cache.engines import vllm_setup as setup
 from hiddenlake.cache.engines.vllm_canary import canary_arguments, canary_params, judge_canary
 from hiddenlake.cache.errors import BadInputError, CaptureError
-from hiddenlake.cache.server.answers import ANSWER_KEY, Answers, tail_params
-from hiddenlake.cache.server.collector import Collector, Judge
-from hiddenlake.cache.server.intake import CAPTURE, LAYERS_ARG, POSITIONS_ARG, SITES_ARG, Intake, Offer, Ticket
-from hiddenlake.cache.server.states import Asked, State
-from hiddenlake.cache.server.taps import Taps, check_ring, find_taps, make_taps, served_model
-from hiddenlake.cache.server.workers import Workers
+from hiddenlake.cache.vllm_server.answers import ANSWER_KEY, Answers, tail_params
+from hiddenlake.cache.vllm_server.collector import Collector, Judge
+from hiddenlake.cache.vllm_server.intake import CAPTURE, LAYERS_ARG, POSITIONS_ARG, SITES_ARG, Intake, Offer, Ticket
+from hiddenlake.cache.vllm_server.states import Asked, State
+from hiddenlake.cache.vllm_server.taps import Taps, check_ring, find_taps, make_taps, served_model
+from hiddenlake.cache.vllm_server.workers import Workers
 from hiddenlake.cache.worker.plan import CANARY
 
 GIB = 1 << 30

@@ -174,7 +174,7 @@ def vllm_command(
     ] = None,
 ) -> None:
     """Start vLLM's OpenAI server, from which any request may be captured by naming a capture in its vllm_xargs."""
-    from hiddenlake.cache.server.launch import launch
+    from hiddenlake.cache.vllm_server.launch import launch
 
     if "://" in lake:
         raise BadInputError(f"{lake}: the server captures into a local folder: name one, and copy it later")

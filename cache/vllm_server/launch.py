@@ -9,9 +9,9 @@ from pathlib import Path
 from hiddenlake.cache.engines.vllm_setup import TAP_ARGUMENTS, choose_environment, import_vllm
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.positions import parse_positions
-from hiddenlake.cache.server.intake import Offer
-from hiddenlake.cache.server.taps import make_taps
 from hiddenlake.cache.store.files import make_folders
+from hiddenlake.cache.vllm_server.intake import Offer
+from hiddenlake.cache.vllm_server.taps import make_taps
 
 PLUGIN = "hiddenlake"
 

@@ -11,11 +11,11 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from hiddenlake.cache.errors import HiddenlakeError
-from hiddenlake.cache.server.answers import Answers, tail_params
-from hiddenlake.cache.server.collector import Collector
-from hiddenlake.cache.server.committed import Committed
-from hiddenlake.cache.server.intake import Intake, Ticket
-from hiddenlake.cache.server.states import Asked, State
+from hiddenlake.cache.vllm_server.answers import Answers, tail_params
+from hiddenlake.cache.vllm_server.collector import Collector
+from hiddenlake.cache.vllm_server.committed import Committed
+from hiddenlake.cache.vllm_server.intake import Intake, Ticket
+from hiddenlake.cache.vllm_server.states import Asked, State
 
 # How often stored samples are asked for while there are any.
 _TICK_SECONDS = 0.02

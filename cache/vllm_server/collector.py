@@ -8,14 +8,14 @@ from typing import Any
 
 from hiddenlake.cache.placing import Placed, make_sample
 from hiddenlake.cache.samples import Failure, Generation, Judgement, Prompt, Question, Sample, token_checksum
-from hiddenlake.cache.server.answers import Answers
-from hiddenlake.cache.server.intake import Offer, Ticket
-from hiddenlake.cache.server.states import States
-from hiddenlake.cache.server.workers import Workers
 from hiddenlake.cache.shelf import Settled, Shelf
 from hiddenlake.cache.store.commits import list_commits, read_commit
 from hiddenlake.cache.store.coverage import Coverage
 from hiddenlake.cache.store.writer import Writer, open_writer
+from hiddenlake.cache.vllm_server.answers import Answers
+from hiddenlake.cache.vllm_server.intake import Offer, Ticket
+from hiddenlake.cache.vllm_server.states import States
+from hiddenlake.cache.vllm_server.workers import Workers
 
 # A published shard is a whole shard on disk, however few samples are in it; a client waits for its publishing.
 PUBLISH_SECONDS = 2.0

@@ -5,7 +5,7 @@ from typing import Any
 
 from hiddenlake.cache.errors import CaptureError
 from hiddenlake.cache.samples import Generation
-from hiddenlake.cache.server.intake import Ticket
+from hiddenlake.cache.vllm_server.intake import Ticket
 from hiddenlake.cache.worker.plan import KEY_ARG, TAIL_ARG
 
 # Where a finished RequestOutput's kv_transfer_params name the samples.

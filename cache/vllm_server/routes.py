@@ -11,8 +11,8 @@ from fastapi import APIRouter, FastAPI, HTTPException, Path, Query, Request
 from starlette.datastructures import State
 
 import hiddenlake
-from hiddenlake.cache.server.service import Service
-from hiddenlake.cache.server.start import start_service
+from hiddenlake.cache.vllm_server.service import Service
+from hiddenlake.cache.vllm_server.start import start_service
 
 # As long as a client may wait for a sample in one request, in seconds.
 _LONGEST_WAIT = 60.0

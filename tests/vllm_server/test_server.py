@@ -273,8 +273,8 @@ def test_a_request_with_other_coverage_is_refused_by_field(server):
 
 def test_captures_of_another_model_are_refused(server, tiny_model):
     from hiddenlake.cache.model import load_model
-    from hiddenlake.cache.server.intake import Intake, Offer
     from hiddenlake.cache.store.writer import open_writer
+    from hiddenlake.cache.vllm_server.intake import Intake, Offer
 
     model = load_model(tiny_model, "float32")
     offer = Offer(server.lake, model, ("mlp_out",), (0,), ("-1",), 1, None, 1 << 30, 8)

@@ -7,11 +7,11 @@ from typing import Any
 
 from hiddenlake.cache.engines.vllm_canary import canary_arguments, canary_params, judge_canary
 from hiddenlake.cache.engines.vllm_setup import check_config, provenance
-from hiddenlake.cache.server.collector import Collector
-from hiddenlake.cache.server.intake import Intake, Offer
-from hiddenlake.cache.server.service import Service
-from hiddenlake.cache.server.taps import check_ring, served_model
-from hiddenlake.cache.server.workers import Workers
+from hiddenlake.cache.vllm_server.collector import Collector
+from hiddenlake.cache.vllm_server.intake import Intake, Offer
+from hiddenlake.cache.vllm_server.service import Service
+from hiddenlake.cache.vllm_server.taps import check_ring, served_model
+from hiddenlake.cache.vllm_server.workers import Workers
 from hiddenlake.cache.worker.plan import CANARY
 from hiddenlake.cache.worker.plugin import CONFIG_KEY
 

@@ -7,9 +7,9 @@ import pytest
 
 from hiddenlake.cache.errors import BadInputError, HiddenlakeError
 from hiddenlake.cache.model import load_model
-from hiddenlake.cache.server.intake import Intake, Offer
-from hiddenlake.cache.server.states import Asked, State, States
 from hiddenlake.cache.store.writer import open_writer
+from hiddenlake.cache.vllm_server.intake import Intake, Offer
+from hiddenlake.cache.vllm_server.states import Asked, State, States
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_states():
 def test_a_server_that_was_not_started_by_our_command_has_no_routes():
     from fastapi import FastAPI
 
-    from hiddenlake.cache.server.routes import Plugin
+    from hiddenlake.cache.vllm_server.routes import Plugin
 
     app = FastAPI()
     before = list(app.routes)
