@@ -40,12 +40,12 @@ def _entry(place: Backend) -> dict[str, Any]:
     where = {"name": place.name, "path": str(place)}
     try:
         capture = open_capture(place)
-        return where | _facts(capture)
+        return where | facts(capture)
     except HiddenlakeError as error:
         return where | {"error": str(error)}
 
 
-def _facts(capture: Capture) -> dict[str, Any]:
+def facts(capture: Capture) -> dict[str, Any]:
     c = capture.coverage
     return {
         "model": _name(capture.identity.get("model")),
@@ -77,7 +77,7 @@ def describe(capture: Capture) -> dict[str, Any]:
     return {
         "name": capture.place.name,
         "path": capture.path,
-        **_facts(capture),
+        **facts(capture),
         "layers": list(capture.coverage.layers),
         "positions": list(capture.coverage.positions),
         "widths": capture.coverage.widths,

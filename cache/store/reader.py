@@ -214,13 +214,9 @@ class Capture:
         not those that were committed.
         """
         snapshot = self.snapshot
-        c = snapshot.root.coverage
-        if not c.positions:
-            raise UnknownNameError(f"{self.path} has no positions, only tokens ({c.tokens}): use `read_tokens`")
-        layers, one_layer = self._layers(snapshot, site, layer, dtype)
-        hint = f"; it holds the tokens {c.tokens} too, which `read_tokens` reads" if c.tokens else ""
-        positions, one_position = _select("position", position, c.positions, self.path, hint)
-        rows, one_sample = self.rows(samples, snapshot)
+        (layers, positions, rows), (one_layer, one_position, one_sample) = self.axes(
+            site, layer, position, samples, dtype, snapshot
+        )
         gone = (*one_layer, one_position, one_sample)
         if out is not None:
             whole = [len(axis) for axis in (*layers, positions, rows)]
@@ -232,10 +228,34 @@ class Capture:
             return snapshot.send_cells(site, [*layers, positions], rows, dtype, check, device)[squeezed]
         return snapshot.read_cells(site, [*layers, positions], rows, dtype, check, out)[squeezed]
 
+    def axes(
+        self,
+        site: str,
+        layer: Any = None,
+        position: Any = None,
+        samples: Any = None,
+        dtype: Dtype = "stored",
+        snapshot: Snapshot | None = None,
+    ) -> tuple[tuple[list[list[int]], list[int], np.ndarray], tuple[list[bool], bool, bool]]:
+        """What `read` is asked for, as numbers along the axes of a snapshot, and which axes are a single one.
+
+        Returns ((indices along the layer axis, or nothing for a site without layers), indices along the position axis,
+        (sample,) rows), (the same, whether it is a single one). Raises UnknownNameError.
+        """
+        snapshot = snapshot or self.snapshot
+        c = snapshot.root.coverage
+        if not c.positions:
+            raise UnknownNameError(f"{self.path} has no positions, only tokens ({c.tokens}): use `read_tokens`")
+        layers, one_layer = self.layer_axis(snapshot, site, layer, dtype)
+        hint = f"; it holds the tokens {c.tokens} too, which `read_tokens` reads" if c.tokens else ""
+        positions, one_position = _select("position", position, c.positions, self.path, hint)
+        rows, one_sample = self.rows(samples, snapshot)
+        return (layers, positions, rows), (one_layer, one_position, one_sample)
+
     def cell_names(self, site: str, layers: Any = None, positions: Any = None) -> list[tuple[int | None, str]]:
         """(layer, position) of every cell of a site that was asked for, layer by layer; see `read`."""
         c = self.coverage
-        found, _ = self._layers(self.snapshot, site, layers, "stored")
+        found, _ = self.layer_axis(self.snapshot, site, layers, "stored")
         names = [c.layers[i] for i in found[0]] if found else [None]
         chosen, _ = _select("position", positions, c.positions, self.path)
         return [(layer, c.positions[i]) for layer in names for i in chosen]
@@ -275,7 +295,7 @@ class Capture:
         c = snapshot.root.coverage
         if c.tokens is None:
             raise UnknownNameError(f"{self.path} has no tokens, only positions ({', '.join(c.positions)}): use `read`")
-        layers, one_layer = self._layers(snapshot, site, layer, dtype)
+        layers, one_layer = self.layer_axis(snapshot, site, layer, dtype)
         chosen, _ = self.rows(samples, snapshot)
         lengths = snapshot.token_length[chosen].tolist()
         ranges = [range(length)[tokens] if tokens is not None else range(length) for length in lengths]
@@ -289,7 +309,7 @@ class Capture:
             block[tuple(0 if one else slice(None) for one in one_layer)], offsets, snapshot.token_index[rows]
         )
 
-    def _layers(self, snapshot: Snapshot, site: str, layer: Any, dtype: Dtype) -> tuple[list[list[int]], list[bool]]:
+    def layer_axis(self, snapshot: Snapshot, site: str, layer: Any, dtype: Dtype) -> tuple[list[list[int]], list[bool]]:
         """(indices along the layer axis, whether that axis goes), or nothing for a site without layers."""
         c = snapshot.root.coverage
         if site not in c.widths:

@@ -92,6 +92,13 @@ class Snapshot:
         return shift + np.arange(self.token_offsets[-1])
 
     @cached_property
+    def cell_tokens(self) -> np.ndarray:
+        """(position, sample) int32, each cell's index into its sample's prompt + answer; -1 where absent, -2 where pooled."""
+        columns = samples_of(self, ["token_index"])["token_index"].combine_chunks()
+        flat = columns.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
+        return np.ascontiguousarray(flat.reshape(len(self.keys), len(self.root.coverage.positions)).T)
+
+    @cached_property
     def token_index(self) -> np.ndarray:
         """(token,) int32, index into its sample's prompt + answer, of each committed token in task order."""
         tokens = self.layout.coverage.tokens

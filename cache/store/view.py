@@ -197,7 +197,7 @@ def _dataset(
 ) -> xr.Dataset:
     """With the columns of samples/ and the labels beside the activations."""
     variables = variables | {name: ("sample", _values(table[name])) for name in _COLUMNS}
-    for name, values in _labels(capture, snapshot).items():
+    for name, values in labels_of(capture, snapshot).items():
         if name in variables or name in coordinates:
             raise BadInputError(f"labels/{name}.parquet: the capture has a variable {name!r} already: rename the file")
         variables[name] = ("sample", values)
@@ -237,7 +237,7 @@ def _objects(values: list[Any]) -> np.ndarray:
     return array
 
 
-def _labels(capture: Capture, snapshot: Snapshot) -> dict[str, np.ndarray]:
+def labels_of(capture: Capture, snapshot: Snapshot) -> dict[str, np.ndarray]:
     """Label columns in task order; a sample without a label gets null."""
     import pyarrow as pa
     import pyarrow.compute as pc

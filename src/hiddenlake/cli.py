@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hiddenlake import cli_exchange, cli_lake, cli_paper, cli_probe, cli_report
+from hiddenlake import cli_exchange, cli_lake, cli_paper, cli_probe, cli_report, cli_serve
 from hiddenlake.cache.errors import BadInputError, HiddenlakeError
 from hiddenlake.cli_output import (
     EXIT_FAILED_SAMPLES,
@@ -287,6 +287,7 @@ app.add_typer(cli_lake.app)
 app.add_typer(cli_probe.app)
 app.add_typer(cli_exchange.app)
 app.add_typer(cli_report.app)
+app.add_typer(cli_serve.app)
 app.add_typer(cli_paper.app, name="paper")
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_cuda_builds_are_not_pinned() -> None:
     assert not [name for name in names if name.startswith("nvidia")]
 
 
-@pytest.mark.parametrize("extra", ["", "transformers", "report", "demo", "dev"])
+@pytest.mark.parametrize("extra", ["", "transformers", "report", "serve", "client", "demo", "dev"])
 def test_the_pins_satisfy_the_project(extra: str) -> None:
     versions = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in PINS}
     asked = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]

@@ -1,0 +1,1 @@
+"""The service: a lake over HTTP. Reads, computes what is missing, and never answers whom it does not know. No torch."""

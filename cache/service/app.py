@@ -1,0 +1,167 @@
+"""The app: routes, behind the gate. Nothing here or below imports torch."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from hiddenlake import __version__
+from hiddenlake.cache.errors import HiddenlakeError
+from hiddenlake.cache.service.database import Database
+from hiddenlake.cache.service.gate import Gate
+from hiddenlake.cache.service.keys import Caller, Keys
+from hiddenlake.cache.service.lake import Lake
+from hiddenlake.cache.service.metrics import Metrics
+from hiddenlake.cache.service.problems import Problem, ProblemBody, problem_of
+from hiddenlake.cache.service.settings import Settings
+
+# Names by which a server is called that listens at this machine alone.
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+_NOT_FOUND = "GET /openapi.json names all routes"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What routes work with."""
+
+    settings: Settings
+    lake: Lake
+    database: Database
+    keys: Keys
+    metrics: Metrics
+
+
+def parts_of(request: Request) -> Parts:
+    return request.app.state.parts
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks. The gate has let nobody in whom it does not know."""
+    return request.state.caller
+
+
+With = Annotated[Parts, Depends(parts_of)]
+By = Annotated[Caller, Depends(caller_of)]
+
+
+def need(scope: str) -> Any:
+    """A dependency: the caller's key must have this scope."""
+
+    def check(caller: By) -> None:
+        if not caller.may(scope):
+            raise Problem(
+                403, "scope", f"this key has no scope `{scope}`", f"ask with a key that was made with `--scope {scope}`"
+            )
+
+    return Depends(check)
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's documentation: these answers have the one shape of errors, beside those that any route may give."""
+    return {status: {"model": ProblemBody} for status in (401, 403, 422, 429, *statuses)}
+
+
+def make_app(
+    parts: Parts, routers: Sequence[APIRouter] = (), started: Callable[[], Any] | None = None
+) -> Callable[..., Any]:
+    """The whole service as an ASGI app.
+
+    routers : of other rooms, each with its scopes.  started : an asynchronous context manager around the app's life.
+    """
+    from hiddenlake.cache.service import captures, raw_zarr, reads
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if started is None:
+            yield
+            return
+        async with started():
+            yield
+
+    app = FastAPI(
+        title="hiddenlake",
+        version=__version__,
+        summary="Activations by (layer, token), read from a lake of captures, or computed.",
+        lifespan=lifespan,
+        docs_url=None,  # its scripts come from elsewhere
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        separate_input_output_schemas=False,
+    )
+    app.state.parts = parts
+    app.include_router(_own(parts))
+    for router in (captures.router, reads.router, raw_zarr.router, *routers):
+        app.include_router(router)
+    app.add_exception_handler(HiddenlakeError, _problem)
+    app.add_exception_handler(RequestValidationError, _problem)
+    app.add_exception_handler(HTTPException, _problem)
+    settings = parts.settings
+    return Gate(
+        app,
+        keys=parts.keys,
+        metrics=parts.metrics,
+        lake=str(parts.lake.place),
+        max_body=settings.max_body,
+        max_concurrent=settings.max_concurrent,
+        hosts=LOOPBACK if is_loopback(settings.host) else None,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _own(parts: Parts) -> APIRouter:
+    """About the server itself."""
+    router = APIRouter(tags=["server"])
+    read = [need("read")]
+
+    @router.get("/healthz", summary="Whether the process answers; needs no key", response_class=PlainTextResponse)
+    async def healthz() -> str:
+        return "ok\n"
+
+    @router.get(
+        "/readyz", summary="Whether it can work: database, lake, room on the disk", dependencies=read,
+        responses=problems(503),
+    )  # fmt: skip
+    def readyz() -> dict[str, Any]:
+        parts.database.read("SELECT 1")
+        free = parts.lake.place.free_bytes()
+        if free is not None and free < parts.settings.min_free:
+            raise Problem(
+                503,
+                "no_room",
+                f"{free} bytes are free, {parts.settings.min_free} must be",
+                "make room on the lake's disk",
+            )
+        return {"ready": True, "free_bytes": free}
+
+    @router.get("/metrics", summary="For Prometheus", dependencies=read, response_class=PlainTextResponse)
+    def metrics() -> Response:
+        return Response(generate_latest(parts.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/version", summary="Of hiddenlake", dependencies=read)
+    async def version() -> dict[str, str]:
+        return {"hiddenlake": __version__}
+
+    return router
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    if isinstance(error, RequestValidationError):
+        # Without what was sent, which may be a prompt.
+        found = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:3]]
+        problem = Problem(422, "bad_input", "; ".join(found), "GET /openapi.json describes every request")
+    elif isinstance(error, HTTPException):
+        kind = {404: "not_found", 405: "method"}.get(error.status_code, "http")
+        problem = Problem(error.status_code, kind, str(error.detail), _NOT_FOUND, headers=dict(error.headers or {}))
+    else:
+        problem = problem_of(error, str(parts_of(request).lake.place))
+    return JSONResponse(problem.body(request.state.request_id), problem.status, problem.headers)

@@ -1,0 +1,105 @@
+"""Database: one SQLite file beside the captures, for keys, jobs and leases. Several processes use it at once."""
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from hiddenlake.cache.errors import StoreError
+
+# Counted up with every change of the tables; there is no older one yet.
+VERSION = 1
+
+FOLDER = ".hiddenlake"
+FILE = "service.sqlite"
+
+# A writer waits for another one's transaction, which are all short.
+_BUSY_SECONDS = 30.0
+
+_SCHEMA = """
+CREATE TABLE keys (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, hash BLOB NOT NULL, scopes TEXT NOT NULL, tenant TEXT,
+    created REAL NOT NULL, revoked REAL
+) STRICT;
+"""
+
+
+class Database:
+    """A lake's database; made if absent. May be used from several threads: each has a connection of its own.
+
+    path : of the file. It and its folder are the user's own: 0600 and 0700.
+    """
+
+    def __init__(self, lake: str | Path) -> None:
+        if "://" in str(lake):
+            raise StoreError(f"{lake}: a service's database needs a local folder: serve a lake on a local disk")
+        folder = Path(lake) / FOLDER
+        self.path = folder / FILE
+        self._local = threading.local()
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            # SQLite gives its other files the same mode.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error.strerror}: name a lake whose folder can be written") from error
+        self._make()
+
+    def _make(self) -> None:
+        try:
+            with self.write() as cursor:
+                [version] = cursor.execute("PRAGMA user_version").fetchone()
+                if version == 0:
+                    for statement in _SCHEMA.split(";"):
+                        cursor.execute(statement)
+                    cursor.execute(f"PRAGMA user_version = {VERSION}")
+        except sqlite3.DatabaseError as error:
+            raise StoreError(
+                f"{self.path} cannot be used ({error}): stop all servers and workers of this lake and move it away; "
+                f"captures stay as they are, keys and jobs are made anew"
+            ) from error
+        if version not in (0, VERSION):
+            raise StoreError(f"{self.path} is of version {version}: this hiddenlake reads version {VERSION}; update it")
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        connection = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
+            connection.row_factory = sqlite3.Row
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA secure_delete = ON")  # what is deleted may be a prompt
+            self._local.connection = connection
+        return connection
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Cursor]:
+        """One transaction, alone among all processes; undone if the block raises."""
+        connection = self._connection
+        cursor = connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield cursor
+            cursor.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+
+    def read(self, query: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[sqlite3.Row]:
+        return self._connection.execute(query, values).fetchall()
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """What is other once another connection than this thread's has written."""
+        connection = self._connection
+        return id(connection), connection.execute("PRAGMA data_version").fetchone()[0]
+
+    def close(self) -> None:
+        """This thread's connection."""
+        if connection := getattr(self._local, "connection", None):
+            connection.close()
+            self._local.connection = None

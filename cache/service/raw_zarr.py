@@ -1,0 +1,137 @@
+"""Raw Zarr over HTTP: the files of what was committed, with Range and ETag, so that any Zarr reader opens a capture."""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import Response, StreamingResponse
+
+from hiddenlake.cache.service.app import By, With, need, problems
+from hiddenlake.cache.service.problems import Problem, no_such
+from hiddenlake.cache.store.backend import Backend
+from hiddenlake.cache.store.commits import Record
+from hiddenlake.cache.store.files import trouble
+from hiddenlake.cache.store.reader import Capture
+from hiddenlake.cache.store.snapshot import Snapshot
+
+router = APIRouter(tags=["zarr"], dependencies=[need("read")])
+
+# Handed to the connection at once.
+_PART_BYTES = 1 << 20
+
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+
+# Snapshots whose files' names are remembered.
+_HELD = 8
+
+
+@router.api_route(
+    "/v1/zarr/{name}/{path:path}",
+    methods=["GET", "HEAD"],
+    summary="A file of a capture's Zarr group",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+        206: {"description": "The range that was asked for."},
+        304: {"description": "It is what `If-None-Match` names."},
+    }
+    | problems(404, 416, 503),
+)
+def get_file(name: str, path: str, request: Request, parts: With, caller: By) -> Response:
+    """`xarray.open_zarr("http://HOST/v1/zarr/NAME", consolidated=True)`. Samples that are not committed are holes (NaN).
+
+    Checked by Zarr's own crc32c codec, in the reader: as a file leaves here, nobody has looked at its bytes.
+    """
+    capture = parts.lake.capture(name, caller)
+    files = _files(capture.snapshot)
+    if path not in files:
+        raise no_such("file", "zarr.json names the arrays; a chunk that is not there is a hole")
+    try:
+        return _respond(capture, path, files[path], request)
+    except FileNotFoundError as error:
+        raise no_such("file", "zarr.json names the arrays; a chunk that is not there is a hole") from error
+    except OSError as error:
+        raise trouble(f"{name}/{path}", error) from error
+
+
+def _respond(capture: Capture, path: str, record: Record | None, request: Request) -> Response:
+    headers = {"Accept-Ranges": "bytes", "Cache-Control": "no-cache"}
+    media = "application/json" if path.endswith("zarr.json") else "application/octet-stream"
+    if record is None:
+        # Small, and may be rewritten: what is sent is what was hashed.
+        raw = capture.place.read(path)
+        etag, size = f'"{sha256(raw).hexdigest()[:32]}"', len(raw)
+    else:
+        raw, etag, size = b"", f'"{_digest(record)}"', record.size
+    headers["ETag"] = etag
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    start, stop = 0, size
+    status = 200
+    # A range of what has changed since would be put together with another file's: then all of it is sent.
+    if (wanted := request.headers.get("range")) and request.headers.get("if-range", etag) == etag:
+        if (found := _range(wanted, size)) is not None:
+            start, stop = found
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+    headers["Content-Length"] = str(stop - start)
+    if record is None or request.method == "HEAD":
+        body = b"" if request.method == "HEAD" else raw[start:stop]
+        return Response(body, status, headers, media)
+    return StreamingResponse(_parts(capture.place, path, size, start, stop), status, headers, media)
+
+
+def _parts(place: Backend, path: str, size: int, start: int, stop: int) -> Iterator[bytes]:
+    """Bytes of a committed file. Raises OSError where it is not the size that was committed."""
+    file = place.open(path)
+    try:
+        if file.size != size:
+            raise OSError(f"{file.size} bytes, {size} were committed")
+        for at in range(start, stop, _PART_BYTES):
+            part = np.empty(min(_PART_BYTES, stop - at), np.uint8)
+            file.read(at, part)
+            yield memoryview(part)
+    finally:
+        file.close()
+
+
+def _range(header: str, size: int) -> tuple[int, int] | None:
+    """(start, stop) of one range; None for what may be answered with the whole file. Raises Problem (416)."""
+    found = _RANGE.fullmatch(header.strip())
+    if found is None or found.groups() == ("", ""):
+        return None
+    first, last = found.groups()
+    if first == "":
+        start, stop = max(0, size - int(last)), size
+    else:
+        start, stop = int(first), min(size, int(last) + 1) if last else size
+    if start >= stop:
+        raise Problem(
+            416, "range", f"no such bytes: the file has {size}", "ask for a range inside it",
+            headers={"Content-Range": f"bytes */{size}"},
+        )  # fmt: skip
+    return start, stop
+
+
+@lru_cache(maxsize=_HELD)
+def _files(snapshot: Snapshot) -> dict[str, Record | None]:
+    """Every file that may be asked for: what was committed, and what repeats it for readers that know Zarr only.
+
+    Whatever else lies in the folder, and whatever a path may be made to say, is not here. samples/ are not arrays.
+    """
+    layout = snapshot.layout
+    found: dict[str, Record | None] = dict.fromkeys([*snapshot.root.files(), *layout.coordinates()])
+    for commit in snapshot.commits.values():
+        if commit.files:
+            found |= dict.fromkeys(layout.derived_files(commit.shard).values())
+            found |= {name: record for name, record in commit.files.items() if not name.startswith("samples/")}
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _digest(record: Any) -> str:
+    return sha256(repr(record).encode()).hexdigest()[:32]

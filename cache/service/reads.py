@@ -1,0 +1,99 @@
+"""Routes that give activations."""
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Any, Literal
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Query
+from fastapi.responses import Response, StreamingResponse
+
+from hiddenlake.cache.service.app import By, Parts, With, need, problems
+from hiddenlake.cache.service.keys import Caller
+from hiddenlake.cache.service.reading import Reading, ReadRequest, plan_reading
+
+router = APIRouter(tags=["activations"], dependencies=[need("read")])
+
+_MEDIA = {"safetensors": "application/vnd.safetensors", "raw": "application/octet-stream"}
+_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"content": {media: {"schema": {"type": "string", "format": "binary"}} for media in _MEDIA.values()}}
+}
+
+
+@router.post(
+    "/v1/activations:read",
+    summary="Activations by (site, layer, position or token, sample)",
+    response_class=Response,
+    responses=_CONTENT | problems(404, 409, 413, 500, 503),
+)
+async def read(request: ReadRequest, parts: With, caller: By) -> Response:
+    """Streamed, C order. Every block is checked before it is sent; damage ends the connection, never the check.
+
+    As safetensors: `activations` (layer, position, sample, width), `token_index` (position, sample), and, as metadata, the
+    names along the axes. As raw bytes: the values alone, and `X-Hiddenlake-Shape` and `-Dtype`.
+    """
+    return await _answer(request, parts, caller)
+
+
+@router.get(
+    "/v1/captures/{name}/activations",
+    summary="One (layer, position) of all samples",
+    response_class=Response,
+    responses=_CONTENT | problems(404, 409, 413, 500, 503),
+)
+async def read_cell(
+    name: str,
+    parts: With,
+    caller: By,
+    site: Annotated[str, Query(max_length=64, examples=["mlp_out"])],
+    layer: int | None = None,
+    position: Annotated[str | None, Query(max_length=64, examples=["exact_answer_last"])] = None,
+    dtype: Literal["stored", "float32"] = "stored",
+    format: Literal["safetensors", "raw"] = "safetensors",
+    check: bool = True,
+) -> Response:
+    """The matrix of which probes are made, for a browser or curl. Without a layer or a position, all of them."""
+    request = ReadRequest(
+        capture=name, site=site, dtype=dtype, format=format, check=check,
+        layers=None if layer is None else (layer,), positions=None if position is None else (position,),
+    )  # fmt: skip
+    return await _answer(request, parts, caller)
+
+
+async def _answer(request: ReadRequest, parts: Parts, caller: Caller) -> Response:
+    reading, blocks, first = await run_sync(_begin, request, parts, caller)
+    headers = {
+        "Content-Length": str(reading.nbytes),
+        "X-Hiddenlake-Shape": ",".join(map(str, reading.shape)),
+        "X-Hiddenlake-Dtype": reading.dtype,
+        "X-Hiddenlake-Snapshot": reading.snapshot,
+    }
+
+    async def body() -> AsyncIterator[bytes | memoryview]:
+        if reading.head:
+            yield reading.head
+        block = first
+        while block is not None:
+            yield block
+            block = await run_sync(_next, blocks, parts)
+
+    return StreamingResponse(body(), headers=headers, media_type=_MEDIA[request.format])
+
+
+def _begin(
+    request: ReadRequest, parts: Parts, caller: Caller
+) -> tuple[Reading, Iterator[memoryview], memoryview | None]:
+    """The first block is read before the answer begins, so that what is wrong there is said in words."""
+    capture = parts.lake.capture(request.capture, caller)
+    reading = plan_reading(capture, request, parts.settings.max_read)
+    blocks = reading.blocks()
+    return reading, blocks, _next(blocks, parts)
+
+
+def _next(blocks: Iterator[memoryview], parts: Parts) -> memoryview | None:
+    start = time.perf_counter()
+    block = next(blocks, None)
+    if block is not None:
+        parts.metrics.read_seconds.observe(time.perf_counter() - start)
+        parts.metrics.read_bytes.inc(len(block))
+    return block

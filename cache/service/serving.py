@@ -1,0 +1,94 @@
+"""Serving: the app behind uvicorn, from its start to its end."""
+
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hiddenlake.cache.errors import BadInputError, StoreError
+from hiddenlake.cache.service.app import Parts, is_loopback, make_app
+from hiddenlake.cache.service.database import Database
+from hiddenlake.cache.service.keys import Keys
+from hiddenlake.cache.service.lake import Lake
+from hiddenlake.cache.service.logs import event, start_logging
+from hiddenlake.cache.service.metrics import Metrics
+from hiddenlake.cache.service.settings import Settings
+
+
+def make_parts(lake: str | Path, settings: Settings) -> Parts:
+    """Raises StoreError where there is no such lake, or its database cannot be used."""
+    if not Path(lake).is_dir():
+        raise StoreError(f"{lake} is no folder: name the folder that holds your captures")
+    seen = Lake(lake)
+    database = Database(lake)
+    return Parts(settings, seen, database, Keys(database), Metrics())
+
+
+def serve(
+    lake: str | Path,
+    settings: Settings,
+    *,
+    routers: Sequence[Any] = (),
+    started: Callable[[], Any] | None = None,
+    ready: Callable[[str, str | None], None] | None = None,
+) -> None:
+    """Serve a lake until SIGTERM or SIGINT. Work in progress has `drain` seconds to end.
+
+    ready : called with the URL, and the key that was made for this run because there is none, once it listens.
+
+    Raises BadInputError where it would listen beyond this machine and there is no key, StoreError.
+    """
+    import uvicorn
+
+    parts = make_parts(lake, settings)
+    temporary = None
+    if not parts.keys.any():
+        if not is_loopback(settings.host):
+            raise BadInputError(
+                f"host {settings.host} is open to other machines, and this lake has no key: make one first, with "
+                f"`hiddenlake keys add {lake} NAME`"
+            )
+        temporary = parts.keys.add_temporary()
+    listening = _listen(settings.host, settings.port)
+    start_logging(settings.log_level)
+    config = uvicorn.Config(
+        make_app(parts, routers, started),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=int(settings.drain),
+        h11_max_incomplete_event_size=1 << 16,
+        ws="none",
+        lifespan="on",
+    )
+    server = uvicorn.Server(config)
+    host, port = listening.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if ready is not None:
+        ready(url, temporary)
+    event("listening", url=url)
+    try:
+        server.run(sockets=[listening])
+    finally:
+        with suppress(OSError):
+            listening.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises BadInputError where the address cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError as error:
+        raise BadInputError(
+            f"cannot listen at {host}, port {port}: {error.strerror or error}: choose another with --port"
+        ) from error
+    return listening
