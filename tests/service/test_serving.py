@@ -1,0 +1,38 @@
+"""Serving, from start to end."""
+
+import time
+
+import httpx
+import pytest
+
+from .conftest import hiddenlake
+
+
+@pytest.mark.slow
+def test_it_starts_within_two_seconds(server, serve):
+    """From the start of the process to the first answer; the best of three, since the machine is shared."""
+    seconds = min(serve(server.lake, key=server.key).started for _ in range(3))
+    assert seconds < 2.0
+
+
+def test_it_answers_and_ends_by_sigterm(server, serve):
+    one = serve(server.lake, key=server.key)
+    assert one.http.get("/v1/captures").status_code == 200
+    start = time.monotonic()
+    assert one.stop() in (0, -15)
+    assert time.monotonic() - start < 10
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{one.url}/healthz")
+    assert "Traceback" not in one.text()
+
+
+def test_a_port_that_is_taken(server):
+    done = hiddenlake("serve", server.lake, "--port", server.url.rpartition(":")[2])
+    assert done.returncode and "cannot listen at 127.0.0.1" in done.stderr and "--port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("lake", ["/nowhere/at/all", "s3://bucket/lake", __file__])
+def test_a_lake_that_cannot_be_served(lake):
+    done = hiddenlake("serve", lake, "--port", "0")
+    assert done.returncode and lake in done.stderr and "Traceback" not in done.stderr
