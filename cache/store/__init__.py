@@ -1,7 +1,8 @@
 """The store: one capture's shards, commits and samples on disk, written, read, viewed and verified."""
 
 from hiddenlake.cache.store.coverage import Coverage
-from hiddenlake.cache.store.reader import Capture, TokenRows, open_capture
+from hiddenlake.cache.store.readable import TokenRows
+from hiddenlake.cache.store.reader import Capture, open_capture
 from hiddenlake.cache.store.shard import Shard, TokenShard, attach
 from hiddenlake.cache.store.sizes import choose_layout
 from hiddenlake.cache.store.spans import TokenPiece, TokenSpan

@@ -1,6 +1,5 @@
 """Stored cells: the cells of a lazy DataArray of a capture, read as they are stored, into the caller's memory."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Self
 
@@ -10,7 +9,7 @@ from xarray.core import indexing
 
 from hiddenlake.cache.identity import digest
 from hiddenlake.cache.store.device import Allocate
-from hiddenlake.cache.store.snapshot import Snapshot
+from hiddenlake.cache.store.moment import Moment
 from hiddenlake.cache.store.view import Lazy, lazy_of
 
 
@@ -69,18 +68,13 @@ class StoredCells:
 
     def fingerprint(self) -> str:
         """32 hex digits, equal only where the same committed bytes are read in the same order."""
-        snapshot: Snapshot = self.lazy.read.__self__
-        bytes_of = hashlib.sha256()
-        for shard, commit in sorted(snapshot.commits.items()):
-            for name in snapshot.layout.cell_names(self.lazy.site, shard):
-                if name in commit.files:  # a shard that was given up has none, and only fp8 has scales
-                    bytes_of.update(digest([name, commit.files[name].to_json()]).encode())
+        snapshot: Moment = self.lazy.read.__self__
         return digest(
             {
-                "identity": snapshot.root.identity,
+                "identity": snapshot.identity,
                 "site": self.lazy.site,
                 "axes": [[name, indices.tolist()] for name, indices in self.axes],
                 "samples": snapshot.keys[self.rows].tolist(),
-                "bytes": bytes_of.hexdigest(),
+                "bytes": snapshot.fingerprint(self.lazy.site),
             }
         )

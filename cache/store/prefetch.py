@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from hiddenlake.cache.store.reader import Capture
+from hiddenlake.cache.store.readable import Readable
 
 # Cells in memory beside the one in work: one that is ready, and one that is read.
 AHEAD = 2
 
 
 def iterate_cells(
-    capture: Capture,
+    capture: Readable,
     site: str,
     layers: Any = None,
     positions: Any = None,
@@ -23,7 +23,7 @@ def iterate_cells(
 ) -> Iterator[tuple[int | None, str, Any]]:
     """(layer, position, X) of every cell, layer by layer; layer is None for a site without layers.
 
-    layers, positions, samples : as in `Capture.read`.  how : its `dtype`, `check` and `device`.
+    layers, positions, samples : as in `Readable.read`.  how : its `dtype`, `check` and `device`.
     ahead : cells that are read while one is in work; so many, and one more, are in memory.
 
     X is (sample, width). Errors are raised where the cell would have come. Stopping early waits for the cell that is read.

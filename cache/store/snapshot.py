@@ -1,19 +1,23 @@
 """Snapshots: what was committed to a capture at one moment, and how its activations are read by number."""
 
+import hashlib
 import itertools
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hiddenlake.cache.errors import CorruptError, StoreError
+from hiddenlake.cache.identity import digest
 from hiddenlake.cache.store.backend import Backend
 from hiddenlake.cache.store.codecs import result_dtype
 from hiddenlake.cache.store.commits import Commit, read_checked, remedy
+from hiddenlake.cache.store.coverage import Coverage
 from hiddenlake.cache.store.layout import Layout
+from hiddenlake.cache.store.moment import Dtype, Moment
 from hiddenlake.cache.store.opened import (
     Committed,
     cell_file,
@@ -33,13 +37,11 @@ if TYPE_CHECKING:
     import pyarrow
     import torch
 
-Dtype = Literal["stored", "float32"]
-
 _FIRST = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
-class Snapshot:
+class Snapshot(Moment):
     """What was committed at one moment. Later commits do not change it, so lazy arrays may hold on to it.
 
     generation : of the folder, as the backend tells it.
@@ -76,37 +78,22 @@ class Snapshot:
     def layout(self) -> Layout:
         return self.root.layout
 
-    @cached_property
-    def row_of(self) -> dict[str, int]:
-        return {key: row for row, key in enumerate(self.keys)}
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.root.identity
 
-    @cached_property
-    def token_offsets(self) -> np.ndarray:
-        """(sample + 1,) where each sample's tokens start among all committed tokens in task order."""
-        return np.concatenate([[0], np.cumsum(self.token_length)])
+    @property
+    def coverage(self) -> Coverage:
+        return self.root.coverage
+
+    def samples(self, columns: Sequence[str] = SAMPLE_COLUMNS) -> "pyarrow.Table":
+        return samples_of(self, columns)
 
     @cached_property
     def token_places(self) -> np.ndarray:
         """(token,) place on the token axis of each committed token in task order."""
         shift = np.repeat(self.token_start - self.token_offsets[:-1], self.token_length)
         return shift + np.arange(self.token_offsets[-1])
-
-    @cached_property
-    def cell_tokens(self) -> np.ndarray:
-        """(position, sample) int32, each cell's index into its sample's prompt + answer; -1 where absent, -2 where pooled."""
-        columns = samples_of(self, ["token_index"])["token_index"].combine_chunks()
-        flat = columns.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
-        return np.ascontiguousarray(flat.reshape(len(self.keys), len(self.root.coverage.positions)).T)
-
-    @cached_property
-    def token_index(self) -> np.ndarray:
-        """(token,) int32, index into its sample's prompt + answer, of each committed token in task order."""
-        tokens = self.layout.coverage.tokens
-        first = np.zeros(len(self.keys), np.int64)
-        if tokens.part == "all_generated":
-            first = samples_of(self, ["prompt_length"])["prompt_length"].to_numpy()
-        number = np.arange(self.token_offsets[-1]) - np.repeat(self.token_offsets[:-1], self.token_length)
-        return (np.repeat(first, self.token_length) + tokens.every * number).astype(np.int32)
 
     @cached_property
     def _token_commits(self) -> dict[int, tuple[Commit, ...]]:
@@ -158,15 +145,6 @@ class Snapshot:
         out: np.ndarray | None = None,
         single: bool = False,
     ) -> np.ndarray:
-        """Cells by number along each axis.
-
-        outer : indices along layer and position (position alone for a site without layers), any order, repeats allowed.
-        rows : (sample,) rows in task order.
-        out : where they go, of the result's shape and dtype, C-contiguous; None for new memory.
-        single : whether rows are read, and checked, by themselves also where reading chunks would be faster.
-
-        Returns (*outer, sample, width): the coverage's dtype, or float32. Raises CorruptError.
-        """
         outer = [np.asarray(axis, np.int64) for axis in outer]
         reads = self._cell_reads(site, outer, rows)
         return self._read(reads, outer, len(rows), self.layout.files[site], dtype, check, out, single)
@@ -192,14 +170,6 @@ class Snapshot:
         out: np.ndarray | None = None,
         single: bool = False,
     ) -> np.ndarray:
-        """Token-level activations by number along each axis.
-
-        outer : indices along layer, () for a site without layers; any order, repeats allowed.
-        rows : (token,) among all committed tokens in task order.
-        out, single : as in `read_cells`.
-
-        Returns (*outer, token, width): the coverage's dtype, or float32. Raises CorruptError.
-        """
         layout = self.layout
         full = layout.token_files[site]
         layers = np.asarray(outer[0] if outer else [0], np.int64)
@@ -226,7 +196,6 @@ class Snapshot:
     def send_cells(
         self, site: str, outer: Sequence[Sequence[int]], rows: np.ndarray, dtype: Dtype, check: bool, device: str
     ) -> "torch.Tensor":
-        """The same as `read_cells`, on a device. Values are copied as they are stored, and widened there."""
         import torch
 
         from hiddenlake.cache.store import direct
@@ -234,17 +203,23 @@ class Snapshot:
 
         staging = Staging(device)
         file = self.layout.files[site]
-        shape = (*map(len, outer), len(rows), file.width)
         if not check and staging.device.type == "cuda" and direct.available():
             reads = self._cell_reads(site, [np.asarray(axis, np.int64) for axis in outer], rows)
             if direct.can_read(reads):
                 self.check_there()
+                shape = (*map(len, outer), len(rows), file.width)
                 sent = torch.empty(shape, dtype=getattr(torch, file.dtype), device=staging.device)
                 direct.read(reads, sent.view(-1, len(rows), file.width))
                 return sent.float() if dtype == "float32" else sent
-        out = staging.allocate(shape, result_dtype(file, "stored"))
-        sent = staging.send(self.read_cells(site, outer, rows, "stored", check, out))
-        return sent.float() if dtype == "float32" else sent
+        return super().send_cells(site, outer, rows, dtype, check, device)
+
+    def fingerprint(self, site: str) -> str:
+        bytes_of = hashlib.sha256()
+        for shard, commit in sorted(self.commits.items()):
+            for name in self.layout.cell_names(site, shard):
+                if name in commit.files:  # a shard that was given up has none, and only fp8 has scales
+                    bytes_of.update(digest([name, commit.files[name].to_json()]).encode())
+        return bytes_of.hexdigest()
 
     def _token_file(self, site: str, shard: int) -> Committed:
         first, *others = commits = self._token_commits[shard]

@@ -13,8 +13,8 @@ from hiddenlake.cache.positions import ABSENT, in_answer
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.coverage import DTYPES, EMBED
 from hiddenlake.cache.store.device import Allocate, Staging, to_array
-from hiddenlake.cache.store.reader import Capture
-from hiddenlake.cache.store.snapshot import Dtype, Snapshot, samples_of
+from hiddenlake.cache.store.moment import Dtype, Moment
+from hiddenlake.cache.store.readable import Readable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -64,7 +64,7 @@ class Lazy(BackendArray):
         return block[(*squeezed, key[-1])]
 
 
-def dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
+def dataset(capture: Readable, dtype: Dtype = "float32") -> xr.Dataset:
     """The cells of a capture's committed samples, in task order.
 
     dtype : `float32` widens bfloat16 exactly as it is read; `stored` gives ml_dtypes.bfloat16, with which
@@ -84,10 +84,10 @@ def dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
     BadInputError for a capture that holds tokens only.
     """
     snapshot = capture.snapshot
-    positions = snapshot.layout.coverage.positions
+    positions = snapshot.coverage.positions
     if not positions:
         raise BadInputError(f"{capture.path} has no positions, only tokens: take dataset(tokens=True)")
-    table = samples_of(snapshot)
+    table = snapshot.samples()
     lengths = table["prompt_length"].to_numpy()
     index = np.array(_sequences(table["token_index"]), np.int32).reshape(-1, len(positions)).T
     inside = in_answer(positions, index, lengths) & (index != ABSENT)
@@ -96,7 +96,7 @@ def dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
     return _dataset(capture, snapshot, variables, {"position": np.array(positions, dtype=object)}, table)
 
 
-def token_dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
+def token_dataset(capture: Readable, dtype: Dtype = "float32") -> xr.Dataset:
     """The tokens of a capture's committed samples, in task order, one sample's behind the other's, without holes.
 
     dtype : as in `dataset`.
@@ -111,9 +111,9 @@ def token_dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
     Raises CorruptError, and BadInputError for a capture that holds no tokens.
     """
     snapshot = capture.snapshot
-    if snapshot.layout.coverage.tokens is None:
+    if snapshot.coverage.tokens is None:
         raise BadInputError(f"{capture.path} holds no tokens, only positions: take dataset()")
-    table = samples_of(snapshot)
+    table = snapshot.samples()
     lengths, offsets, index = snapshot.token_length, snapshot.token_offsets, snapshot.token_index
     row = np.repeat(np.arange(len(lengths)), lengths)
     ids = [np.empty(0, np.int32), *_sequences(table["token_ids"])]
@@ -131,7 +131,7 @@ def token_dataset(capture: Capture, dtype: Dtype = "float32") -> xr.Dataset:
 
 
 def _sites(
-    snapshot: Snapshot,
+    snapshot: Moment,
     read: Callable[..., np.ndarray],
     axes: tuple[str, ...],
     shape: tuple[int, ...],
@@ -140,7 +140,7 @@ def _sites(
     """Each site as a lazy variable. axes, shape : between the layers and the width."""
     if dtype not in ("stored", "float32"):
         raise BadInputError(f"unknown dtype {dtype!r}: expected `stored` or `float32`")
-    coverage = snapshot.layout.coverage
+    coverage = snapshot.coverage
     variables = {}
     for site in (*coverage.sites, EMBED):
         layers = {"layer": len(coverage.layers)} if SITES[site].layered else {}
@@ -163,7 +163,7 @@ class Accessor:
     def to_gpu(self, device: str = "cuda") -> xr.DataArray:
         """The same DataArray with CuPy float32 values on a GPU, as cuML takes them.
 
-        Of a lazy one of `Capture.dataset()` the stored values are read into pinned memory and widened on the GPU; of any
+        Of a lazy one of `Readable.dataset()` the stored values are read into pinned memory and widened on the GPU; of any
         other its values are copied. device : also `cpu`, for the same without a GPU, with NumPy values.
 
         Raises StoreError where torch, CuPy or the device is missing.
@@ -189,8 +189,8 @@ def lazy_of(array: xr.DataArray) -> indexing.LazilyIndexedArray | None:
 
 
 def _dataset(
-    capture: Capture,
-    snapshot: Snapshot,
+    capture: Readable,
+    snapshot: Moment,
     variables: dict[str, Any],
     coordinates: dict[str, Any],
     table: "pyarrow.Table",
@@ -202,8 +202,8 @@ def _dataset(
             raise BadInputError(f"labels/{name}.parquet: the capture has a variable {name!r} already: rename the file")
         variables[name] = ("sample", values)
     coordinates = coordinates | {"sample": snapshot.keys}
-    if snapshot.layout.coverage.layers:
-        coordinates["layer"] = np.array(snapshot.layout.coverage.layers, np.int64)
+    if snapshot.coverage.layers:
+        coordinates["layer"] = np.array(snapshot.coverage.layers, np.int64)
     return xr.Dataset(variables, coordinates, _flat(capture.identity) | {"capture": str(capture.path)})
 
 
@@ -237,7 +237,7 @@ def _objects(values: list[Any]) -> np.ndarray:
     return array
 
 
-def labels_of(capture: Capture, snapshot: Snapshot) -> dict[str, np.ndarray]:
+def labels_of(capture: Readable, snapshot: Moment) -> dict[str, np.ndarray]:
     """Label columns in task order; a sample without a label gets null."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -260,7 +260,7 @@ def label_columns(name: str, table: "pyarrow.Table") -> dict[str, str]:
     return {name if len(columns) == 1 else f"{name}_{column}": column for column in columns}
 
 
-def variable_names(capture: Capture) -> set[str]:
+def variable_names(capture: Readable) -> set[str]:
     """Names that labels cannot have: variables and coordinates of `dataset` and `token_dataset`."""
     own = {"sample", "layer", "position", "token", "token_index", "in_answer", "token_id", "sample_key", "sample_row"}
     return {*own, "sample_start", "sample_length", *_COLUMNS, *capture.coverage.widths}
