@@ -1,11 +1,13 @@
 """The app: routes, behind the gate. Nothing here or below imports torch."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import ipaddress
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.dependencies.utils import get_flat_dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -25,6 +27,7 @@ from hiddenlake.cache.service.settings import Settings
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 _NOT_FOUND = "GET /openapi.json names all routes"
+_DESCRIBED = "GET /openapi.json describes every request"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,22 @@ def need(scope: str) -> Any:
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For a route's documentation: these answers have the one shape of errors, beside those that any route may give."""
-    return {status: {"model": ProblemBody} for status in (401, 403, 422, 429, *statuses)}
+    return {status: {"model": ProblemBody} for status in (401, 403, 408, 413, 421, 422, 429, 500, *statuses)}
+
+
+def known_query(request: Request) -> None:
+    """A dependency: a query string holds what the route knows, each once. A misspelt `layer` would else mean all layers."""
+    route = request.scope["route"]
+    known = {p.alias: p.field_info.annotation for p in get_flat_dependant(route.dependant).query_params}
+    names = [name for name, _ in request.query_params.multi_items()]
+    if unknown := set(names) - known.keys():
+        raise Problem(
+            422, "bad_input", f"{len(unknown)} query parameters are not of this route: it has "
+            f"{', '.join(known) or 'none'}", "leave them out",
+        )  # fmt: skip
+    for name in set(names):
+        if names.count(name) > 1 and "list" not in str(known[name]):
+            raise Problem(422, "bad_input", f"query parameter `{name}` is there twice", "give it once")
 
 
 def make_app(
@@ -92,8 +110,11 @@ def make_app(
         lifespan=lifespan,
         docs_url=None,  # its scripts come from elsewhere
         redoc_url=None,
-        openapi_url="/openapi.json",
+        openapi_url=None,  # a route of ours, which needs a key as all do
+        redirect_slashes=False,  # to wherever the request's `Host` says
         separate_input_output_schemas=False,
+        dependencies=[Depends(known_query)],
+        responses=problems(),
     )
     app.state.parts = parts
     app.include_router(_own(parts))
@@ -102,6 +123,7 @@ def make_app(
     app.add_exception_handler(HiddenlakeError, _problem)
     app.add_exception_handler(RequestValidationError, _problem)
     app.add_exception_handler(HTTPException, _problem)
+    app.add_exception_handler(Exception, _problem)
     settings = parts.settings
     return Gate(
         app,
@@ -110,12 +132,16 @@ def make_app(
         lake=str(parts.lake.place),
         max_body=settings.max_body,
         max_concurrent=settings.max_concurrent,
-        hosts=LOOPBACK if is_loopback(settings.host) else None,
+        hosts=LOOPBACK | {settings.host} if is_loopback(settings.host) else None,
     )
 
 
 def is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    """Whether an address to listen at is this machine's alone. Any other name may mean anything."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _own(parts: Parts) -> APIRouter:
@@ -151,17 +177,42 @@ def _own(parts: Parts) -> APIRouter:
     async def version() -> dict[str, str]:
         return {"hiddenlake": __version__}
 
+    @router.get("/openapi.json", include_in_schema=False, dependencies=read)
+    def openapi(request: Request) -> dict[str, Any]:
+        return request.app.openapi()
+
     return router
 
 
 async def _problem(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
-        # Without what was sent, which may be a prompt.
-        found = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:3]]
-        problem = Problem(422, "bad_input", "; ".join(found), "GET /openapi.json describes every request")
+        known = _names(request.app.openapi())
+        found = [f"{_where(item['loc'], known)}: {item['msg']}" for item in error.errors()[:3]]
+        problem = Problem(422, "bad_input", "; ".join(found), _DESCRIBED)
+    elif isinstance(error, HTTPException) and error.status_code == 400:
+        # Of FastAPI, for what is no text, nested a thousand times, or a number of thousands of digits.
+        problem = Problem(422, "bad_input", "the body cannot be read as JSON", _DESCRIBED)
     elif isinstance(error, HTTPException):
         kind = {404: "not_found", 405: "method"}.get(error.status_code, "http")
         problem = Problem(error.status_code, kind, str(error.detail), _NOT_FOUND, headers=dict(error.headers or {}))
     else:
         problem = problem_of(error, str(parts_of(request).lake.place))
     return JSONResponse(problem.body(request.state.request_id), problem.status, problem.headers)
+
+
+def _where(place: Iterable[str | int], known: set[str]) -> str:
+    """Where in a request something is wrong, without what was sent, which may be a prompt: also as a field's name."""
+    return ".".join(str(part) if isinstance(part, int) or part in known else "?" for part in place)
+
+
+def _names(document: Any) -> set[str]:
+    """Of all fields and parameters that an OpenAPI document describes."""
+    if isinstance(document, list):
+        return set().union(*map(_names, document))
+    if not isinstance(document, dict):
+        return set()
+    own = document.get("properties")
+    found = {"body", "query", "path", "header", *(own if isinstance(own, dict) else ())}
+    if "in" in document and isinstance(document.get("name"), str):
+        found.add(document["name"])
+    return found.union(*map(_names, document.values()))

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import binascii
 import json
 import logging
 import re
@@ -25,6 +24,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # What anybody may ask for.
 OPEN_PATHS = frozenset({"/healthz"})
+
+# In which a body must be there: whoever sends it more slowly holds one of its key's places for nothing.
+BODY_SECONDS = 60.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNAUTHORIZED = {"WWW-Authenticate": 'Basic realm="hiddenlake", charset="UTF-8"'}
@@ -120,7 +122,8 @@ class _Request:
         self._headers = {name.lower(): value for name, value in scope["headers"]}
         given = self._headers.get(b"x-request-id", b"").decode("latin-1")
         self.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        self._status, self._sent, self._received = 0, 0, 0
+        self._status, self._sent, self._complete = 0, 0, False
+        self._body: bytes | None = b""  # None once it was handed on
 
     async def answer(self) -> None:
         gate, scope, start = self._gate, self._scope, time.perf_counter()
@@ -131,25 +134,25 @@ class _Request:
             self._check_length()
             gate.enter(caller)
             try:
+                if not await self._read_body():
+                    return
                 scope.setdefault("state", {}).update(caller=caller, request_id=self.id)
                 await gate._app(scope, self._receive, self._send)
             finally:
                 gate.leave(caller)
-        except HiddenlakeError as error:
-            await self._refuse(problem_of(error, gate._lake))
-        except asyncio.CancelledError:
-            raise
-        except Exception:
-            logger.exception("failed", extra={"request_id": self.id})
-            await self._refuse(
-                Problem(500, "internal", "something went wrong that should not have", "tell whoever runs this server")
-            )
+        except Exception as error:
+            # Starlette wraps what is raised after an answer has begun.
+            found = error.__cause__ if isinstance(error.__cause__, HiddenlakeError) else error
+            if not isinstance(found, HiddenlakeError):
+                logger.exception("failed", extra={"request_id": self.id})
+            if not self._complete:
+                await self._refuse(problem_of(found, gate._lake))
         finally:
             self._note(caller, time.perf_counter() - start)
 
     def _check_length(self) -> None:
         length = self._headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._gate._max_body:
+        if not length.isdigit() or len(length) > 18 or int(length) > self._gate._max_body:
             raise self._too_large()
 
     def _too_large(self) -> Problem:
@@ -157,12 +160,33 @@ class _Request:
             413, "too_large", f"the body has more than {self._gate._max_body} bytes", "ask in several smaller requests"
         )
 
+    async def _read_body(self) -> bool:
+        """All of it, so that its limits hold whatever the app makes of it. Returns whether the client is still there."""
+        if self._headers.keys().isdisjoint((b"content-length", b"transfer-encoding")):
+            return True
+        body, more = bytearray(), True
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while more:
+                    message = await self._inner_receive()
+                    if message["type"] == "http.disconnect":
+                        return False
+                    body += message.get("body", b"")
+                    if len(body) > self._gate._max_body:
+                        raise self._too_large()
+                    more = message.get("more_body", False)
+        except TimeoutError as error:
+            raise Problem(
+                408, "slow", f"the body was not there after {BODY_SECONDS:g} s", "ask again, in smaller requests"
+            ) from error
+        self._body = bytes(body)
+        return True
+
     async def _receive(self) -> MutableMapping[str, Any]:
-        message = await self._inner_receive()
-        self._received += len(message.get("body", b""))
-        if self._received > self._gate._max_body:
-            raise self._too_large()
-        return message
+        if self._body is None:
+            return await self._inner_receive()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def _send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
@@ -173,6 +197,7 @@ class _Request:
             message = {**message, "headers": [*message.get("headers", ()), *added]}
         else:
             self._sent += len(message.get("body", b""))
+            self._complete = not message.get("more_body", False)
         await self._inner_send(message)
 
     async def _refuse(self, problem: Problem) -> None:
@@ -202,7 +227,8 @@ class _Request:
         if logger.isEnabledFor(logging.INFO):
             event(
                 "request", request_id=self.id, method=method, route=route, status=self._status,
-                ms=round(seconds * 1e3, 2), bytes=self._sent, key=None if caller is None else caller.id,
+                ms=round(seconds * 1e3, 2), bytes=self._sent, complete=self._complete,
+                key=None if caller is None else caller.id,
             )  # fmt: skip
 
 
@@ -217,11 +243,12 @@ def _key(authorization: bytes) -> str | None:
     if kind.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # no base64, no text
             return None
     return None
 
 
 def _host(value: str) -> str:
     """Without the port: `127.0.0.1`, `localhost`, `[::1]`."""
+    value = value.lower()
     return value[: value.index("]") + 1] if value.startswith("[") and "]" in value else value.partition(":")[0]

@@ -32,6 +32,8 @@ def start_logging(level: str) -> None:
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False
         log.setLevel(level.upper())
+    # What others warn of, asyncio above all, would else be printed with messages of exceptions.
+    logging.getLogger().handlers = [handler]
 
 
 def event(name: str, level: int = logging.INFO, **facts: Any) -> None:

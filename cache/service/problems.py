@@ -68,10 +68,13 @@ _KINDS = (
 )
 
 
-def problem_of(error: HiddenlakeError, where: str = "") -> Problem:
+def problem_of(error: Exception, where: str = "") -> Problem:
     """where : the lake's path, which is nobody else's business."""
     if isinstance(error, Problem):
         return error
+    if not isinstance(error, HiddenlakeError):
+        # Its message may quote anything.
+        return Problem(500, "internal", "something went wrong that should not have", "tell whoever runs this server")
     status, kind, remedy = next(row[1:] for row in _KINDS if isinstance(error, row[0]))
     message = str(error).replace(f"{where}/", "").replace(where, "the lake") if where else str(error)
     return Problem(status, kind, message, remedy)

@@ -1,5 +1,6 @@
 """Serving: the app behind uvicorn, from its start to its end."""
 
+import math
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -42,6 +43,8 @@ def serve(
     """
     import uvicorn
 
+    from hiddenlake.cache.service.connection import Connection
+
     parts = make_parts(lake, settings)
     temporary = None
     if not parts.keys.any():
@@ -60,8 +63,8 @@ def serve(
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=int(settings.drain),
-        h11_max_incomplete_event_size=1 << 16,
+        timeout_graceful_shutdown=math.ceil(settings.drain),
+        http=Connection,
         ws="none",
         lifespan="on",
     )

@@ -18,7 +18,9 @@ _SERVE, _WORKER, _BOTH = ("serve",), ("worker",), ("serve", "worker")
 
 
 def _setting(default: Any, commands: tuple[str, ...], help: str, **limits: Any) -> Any:
-    return Field(default, description=help, json_schema_extra={"commands": list(commands)}, **limits)
+    # An endless time cannot be waited for.
+    finite = {"allow_inf_nan": False} if isinstance(default, float) else {}
+    return Field(default, description=help, json_schema_extra={"commands": list(commands)}, **finite, **limits)
 
 
 def _size(text: str) -> ByteSize:

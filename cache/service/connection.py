@@ -1,0 +1,109 @@
+"""Connections: what uvicorn lets a client do for ever, bounded: a head without an end, and an answer that nobody takes."""
+
+import asyncio
+import json
+import uuid
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from hiddenlake.cache.service.problems import Problem
+
+# Request line and headers.
+HEAD_BYTES = 1 << 16
+
+# From a connection's start, or a request's, to the end of its head.
+HEAD_SECONDS = 30.0
+
+# In which some byte of what was sent must have been taken.
+STUCK_SECONDS = 60.0
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's, of one client."""
+
+    _heads, _head = (
+        0,
+        0,
+    )  # how many began, and bytes of the one that comes in, without those of the read that it began in
+    _timer: asyncio.TimerHandle | None = None
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._stop()
+        self._stop_waiting()
+        super().connection_lost(error)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._heads, self._in_head, self._head = self._heads + 1, True, 0
+        self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._stop()
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        if self._timer is None and self.cycle is not None and self.cycle.response_complete:
+            self._expect_head()  # an empty line, say, which ends uvicorn's own waiting for the next request
+        before = self._heads
+        super().data_received(data)
+        if self._in_head and self._heads == before:
+            self._head += len(data)
+            if self._head > HEAD_BYTES and not self.transport.is_closing():
+                self._refuse(
+                    Problem(431, "too_large", f"the headers have more than {HEAD_BYTES} bytes", "send fewer of them")
+                )
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(Problem(400, "no_http", "what came is no HTTP request", "send one, as HTTP/1.1 has it"))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stop_waiting()
+        self._wait(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._stop_waiting()
+        super().resume_writing()
+
+    def _expect_head(self) -> None:
+        self._stop()
+        self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wait(self, size: int) -> None:
+        """size : bytes that were not taken when this began."""
+
+        def look() -> None:
+            left = self.transport.get_write_buffer_size()
+            # Closing would wait until all is taken.
+            self.transport.abort() if left >= size else self._wait(left)
+
+        self._waiting = self.loop.call_later(STUCK_SECONDS, look)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _refuse(self, problem: Problem) -> None:
+        """Before there is a request that the gate could answer."""
+        id = uuid.uuid4().hex
+        body = json.dumps(problem.body(id)).encode()
+        head = (
+            f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nx-request-id: {id}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
