@@ -1,5 +1,6 @@
 """Database: one SQLite file beside the captures, for keys, jobs and leases. Several processes use it at once."""
 
+import itertools
 import os
 import sqlite3
 import threading
@@ -39,10 +40,16 @@ class Database:
         folder = Path(lake) / FOLDER
         self.path = folder / FILE
         self._local = threading.local()
+        self._count = itertools.count()
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             # SQLite gives its other files the same mode.
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                os.fchmod(descriptor, 0o600)
+            finally:
+                os.close(descriptor)
+            folder.chmod(0o700)
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}: name a lake whose folder can be written") from error
         self._make()
@@ -73,7 +80,7 @@ class Database:
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA secure_delete = ON")  # what is deleted may be a prompt
-            self._local.connection = connection
+            self._local.connection, self._local.number = connection, next(self._count)
         return connection
 
     @contextmanager
@@ -96,7 +103,8 @@ class Database:
     def version(self) -> tuple[int, int]:
         """What is other once another connection than this thread's has written."""
         connection = self._connection
-        return id(connection), connection.execute("PRAGMA data_version").fetchone()[0]
+        # Numbers of two connections cannot be compared.
+        return self._local.number, connection.execute("PRAGMA data_version").fetchone()[0]
 
     def close(self) -> None:
         """This thread's connection."""
