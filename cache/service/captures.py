@@ -69,7 +69,7 @@ def list_captures(parts: With, caller: By) -> CaptureList:
 @router.get("/v1/captures/{name}", summary="All that is known of one capture", responses=problems(404, 500, 503))
 def get_capture(name: str, parts: With, caller: By) -> dict[str, Any]:
     capture = parts.lake.capture(name, caller)
-    found = describe(capture) | {"snapshot": snapshot_id(capture), "labels": sorted(capture.labels())}
+    found = describe(capture) | {"snapshot": snapshot_id(capture.snapshot), "labels": sorted(capture.labels())}
     del found["path"]
     return found
 

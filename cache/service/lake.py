@@ -14,6 +14,7 @@ from hiddenlake.cache.service.problems import no_such
 from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.catalog import captures_of
 from hiddenlake.cache.store.reader import Capture
+from hiddenlake.cache.store.snapshot import Snapshot
 
 # A name that a client gives is looked up, never joined to a path. This is what it may look like at all.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -40,24 +41,34 @@ class Lake:
         self._opened: dict[str, _Opened] = {}
         self._names()
 
-    def names(self, caller: Caller) -> list[str]:
-        """Of the captures that a caller may see, and of those that cannot be opened, which are nobody's secret."""
-        return [name for name in sorted(self._names()) if self._visible(name, caller)]
-
     def capture(self, name: str, caller: Caller) -> Capture:
         """A capture by name, as of now. Raises Problem (404) where there is none that the caller may see, StoreError."""
-        if not NAME.fullmatch(name) or name not in self._names() or not self._visible(name, caller):
-            raise no_such("capture", "GET /v1/captures lists those that there are")
-        return self._open(name)
+        if NAME.fullmatch(name) and name in self._names():
+            try:
+                capture = self._open(name)
+            except HiddenlakeError:
+                if _sees_damage(caller):
+                    raise
+            else:
+                if _visible(capture, caller):
+                    return capture
+        raise no_such("capture", "GET /v1/captures lists those that there are")
 
     def captures(self, caller: Caller) -> Iterator[tuple[str, Capture | HiddenlakeError]]:
         """Every capture that a caller may see, or why it cannot be opened."""
         for name in sorted(self._names()):
             try:
-                if self._visible(name, caller):
-                    yield name, self._open(name)
+                if not NAME.fullmatch(name):
+                    raise StoreError(
+                        "a client cannot ask for a folder of this name: rename it to letters, digits, . _ and -"
+                    )
+                capture = self._open(name)
             except HiddenlakeError as error:
-                yield name, error
+                if _sees_damage(caller):
+                    yield ascii(name)[1:-1], error
+            else:
+                if _visible(capture, caller):
+                    yield name, capture
 
     def refresh(self, name: str) -> None:
         """Have the next look at a capture see what was committed since."""
@@ -77,9 +88,11 @@ class Lake:
 
     def _open(self, name: str) -> Capture:
         with self._lock:
-            opened = self._opened.get(name)
+            opened, place = self._opened.get(name), self._places.get(name)
+        if place is None:  # a moment ago it was there
+            raise no_such("capture", "GET /v1/captures lists those that there are")
         if opened is None:
-            opened = _Opened(Capture(self._places[name]), time.monotonic())
+            opened = _Opened(Capture(place), time.monotonic())
             with self._lock:
                 opened = self._opened.setdefault(name, opened)
         if time.monotonic() - opened.when >= _FRESH_SECONDS:
@@ -88,18 +101,22 @@ class Lake:
                     try:
                         opened.capture.refresh()
                     except StoreError:  # removed, and perhaps made again
-                        opened.capture = Capture(self._places[name])
+                        opened.capture = Capture(place)
                     opened.when = time.monotonic()
         return opened.capture
 
-    def _visible(self, name: str, caller: Caller) -> bool:
-        try:
-            owner = self._open(name).identity.get("tenant")
-        except HiddenlakeError:
-            return caller.may("admin") or caller.tenant is None
-        return owner is None or caller.tenant == owner
+
+def _visible(capture: Capture, caller: Caller) -> bool:
+    """Asked of the very object that is then used: a moment later another tenant's may lie in its place."""
+    owner = capture.identity.get("tenant")
+    return owner is None or caller.tenant == owner
 
 
-def snapshot_id(capture: Capture) -> str:
+def _sees_damage(caller: Caller) -> bool:
+    """Nobody can tell whose a capture is that cannot be opened."""
+    return caller.may("admin") or caller.tenant is None
+
+
+def snapshot_id(snapshot: Snapshot) -> str:
     """Names what a capture holds at this moment: the same samples in the same order, of the same bytes."""
-    return digest([[commit.shard, commit.writer, commit.fencing] for commit in capture.commits])
+    return digest([[commit.shard, commit.writer, commit.fencing] for commit in snapshot.commits.values()])

@@ -10,12 +10,12 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
+from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.service.app import By, With, need, problems
 from hiddenlake.cache.service.problems import Problem, no_such
-from hiddenlake.cache.store.backend import Backend
+from hiddenlake.cache.store.backend import File
 from hiddenlake.cache.store.commits import Record
 from hiddenlake.cache.store.files import trouble
-from hiddenlake.cache.store.reader import Capture
 from hiddenlake.cache.store.snapshot import Snapshot
 
 router = APIRouter(tags=["zarr"], dependencies=[need("read")])
@@ -23,74 +23,105 @@ router = APIRouter(tags=["zarr"], dependencies=[need("read")])
 # Handed to the connection at once.
 _PART_BYTES = 1 << 20
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 # Snapshots whose files' names are remembered.
 _HELD = 8
 
 
-@router.api_route(
-    "/v1/zarr/{name}/{path:path}",
-    methods=["GET", "HEAD"],
-    summary="A file of a capture's Zarr group",
-    response_class=Response,
-    responses={
+_ROUTE: dict[str, Any] = {
+    "path": "/v1/zarr/{name}/{path:path}",
+    "summary": "A file of a capture's Zarr group",
+    "response_class": Response,
+    "responses": {
         200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
         206: {"description": "The range that was asked for."},
         304: {"description": "It is what `If-None-Match` names."},
     }
-    | problems(404, 416, 503),
-)
+    | problems(404, 416, 500, 503),
+}
+
+
+@router.head(**_ROUTE)
+@router.get(**_ROUTE)
 def get_file(name: str, path: str, request: Request, parts: With, caller: By) -> Response:
     """`xarray.open_zarr("http://HOST/v1/zarr/NAME", consolidated=True)`. Samples that are not committed are holes (NaN).
 
     Checked by Zarr's own crc32c codec, in the reader: as a file leaves here, nobody has looked at its bytes.
     """
-    capture = parts.lake.capture(name, caller)
-    files = _files(capture.snapshot)
+    snapshot = parts.lake.capture(name, caller).snapshot
+    files = _files(snapshot)
     if path not in files:
         raise no_such("file", "zarr.json names the arrays; a chunk that is not there is a hole")
     try:
-        return _respond(capture, path, files[path], request)
-    except FileNotFoundError as error:
-        raise no_such("file", "zarr.json names the arrays; a chunk that is not there is a hole") from error
+        return _respond(snapshot, path, files[path], request)
     except OSError as error:
         raise trouble(f"{name}/{path}", error) from error
 
 
-def _respond(capture: Capture, path: str, record: Record | None, request: Request) -> Response:
+def _respond(snapshot: Snapshot, path: str, record: Record | None, request: Request) -> Response:
     headers = {"Accept-Ranges": "bytes", "Cache-Control": "no-cache"}
     media = "application/json" if path.endswith("zarr.json") else "application/octet-stream"
     if record is None:
         # Small, and may be rewritten: what is sent is what was hashed.
-        raw = capture.place.read(path)
+        raw = _read(snapshot, path)
         etag, size = f'"{sha256(raw).hexdigest()[:32]}"', len(raw)
     else:
         raw, etag, size = b"", f'"{_digest(record)}"', record.size
     headers["ETag"] = etag
-    if etag in request.headers.get("if-none-match", ""):
+    named = request.headers.get("if-none-match", "")
+    if etag in named or named.strip() == "*":
         return Response(status_code=304, headers=headers)
     start, stop = 0, size
     status = 200
     # A range of what has changed since would be put together with another file's: then all of it is sent.
-    if (wanted := request.headers.get("range")) and request.headers.get("if-range", etag) == etag:
+    wanted = request.headers.get("range") if request.method == "GET" else None
+    if wanted and request.headers.get("if-range", etag) == etag:
         if (found := _range(wanted, size)) is not None:
             start, stop = found
             status = 206
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     headers["Content-Length"] = str(stop - start)
-    if record is None or request.method == "HEAD":
-        body = b"" if request.method == "HEAD" else raw[start:stop]
-        return Response(body, status, headers, media)
-    return StreamingResponse(_parts(capture.place, path, size, start, stop), status, headers, media)
+    if record is None:
+        return Response(b"" if request.method == "HEAD" else raw[start:stop], status, headers, media)
+    file = _open(snapshot, path, size)
+    if request.method == "HEAD":
+        file.close()
+        return Response(b"", status, headers, media)
+    return StreamingResponse(_parts(file, start, stop), status, headers, media)
 
 
-def _parts(place: Backend, path: str, size: int, start: int, stop: int) -> Iterator[bytes]:
-    """Bytes of a committed file. Raises OSError where it is not the size that was committed."""
-    file = place.open(path)
+def _read(snapshot: Snapshot, path: str) -> bytes:
+    """A file that repeats what was committed. Raises Problem (404) where it was not made yet, OSError, StoreError."""
     try:
+        raw = snapshot.place.read(path)
+    except FileNotFoundError as error:
+        snapshot.check_there()
+        raise no_such("file", "ask again: it is made a moment after its samples are committed") from error
+    snapshot.check_there()  # afterwards: what lies in its place by now is another capture's
+    return raw
+
+
+def _open(snapshot: Snapshot, path: str, size: int) -> File:
+    """A committed file. Raises CorruptError where it is gone or has another size, StoreError."""
+    try:
+        file = snapshot.place.open(path)
+    except FileNotFoundError as error:
+        snapshot.check_there()
+        raise CorruptError(f"{snapshot.place}/{path} is not there, but {size} bytes were committed") from error
+    try:
+        snapshot.check_there()
         if file.size != size:
-            raise OSError(f"{file.size} bytes, {size} were committed")
+            raise CorruptError(f"{snapshot.place}/{path} has {file.size} bytes, but {size} were committed")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _parts(file: File, start: int, stop: int) -> Iterator[memoryview]:
+    """Bytes of a file, which is closed then."""
+    try:
         for at in range(start, stop, _PART_BYTES):
             part = np.empty(min(_PART_BYTES, stop - at), np.uint8)
             file.read(at, part)
@@ -105,6 +136,8 @@ def _range(header: str, size: int) -> tuple[int, int] | None:
     if found is None or found.groups() == ("", ""):
         return None
     first, last = found.groups()
+    if first and last and int(first) > int(last):
+        return None
     if first == "":
         start, stop = max(0, size - int(last)), size
     else:

@@ -1,18 +1,19 @@
 """Reading: activations by (site, layer, token) in blocks of bounded size, checked, as safetensors or as raw bytes."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
 from hiddenlake.cache.exchange.tensor_file import header
 from hiddenlake.cache.exchange.values import NAMES
 from hiddenlake.cache.service.lake import snapshot_id
 from hiddenlake.cache.service.problems import Problem
+from hiddenlake.cache.service.read_request import ReadRequest, check_size, missing, not_captured
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.cache.store.snapshot import Snapshot, samples_of
@@ -22,33 +23,6 @@ BLOCK_BYTES = 8 << 20
 
 _FORMAT_NAME = {own: name for name, own in NAMES.items()}
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-
-class ReadRequest(BaseModel):
-    """Which activations, and how they are sent."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    capture: str = Field(description="The capture's name.", max_length=128, examples=["cities"])
-    site: str = Field(description="A site of the capture, or `embed`.", max_length=64, examples=["mlp_out"])
-    layers: tuple[int, ...] | None = Field(None, description="0-based block indices; all by default.", max_length=4096)
-    positions: tuple[str | int, ...] | None = Field(
-        None, description="Named or numbered positions; all by default.", max_length=4096, examples=[["last_q", -1]]
-    )
-    tokens: Literal["all"] | tuple[int, ...] | None = Field(
-        None,
-        description="Instead of positions: indices into each sample's prompt and answer, negative ones from the end; or "
-        "`all` that are stored token by token.",
-        max_length=65536,
-    )
-    samples: tuple[str | int, ...] | None = Field(
-        None, description="Keys, or rows in task order; all by default.", max_length=1_000_000
-    )
-    dtype: Literal["stored", "float32"] = Field("stored", description="As stored, or widened exactly.")
-    format: Literal["safetensors", "raw"] = Field(
-        "safetensors", description="safetensors, or the values alone with dtype and shape in headers."
-    )
-    check: bool = Field(True, description="False skips the checksums, for measurements only.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +50,13 @@ def plan_reading(capture: Capture, request: ReadRequest, most_bytes: int) -> Rea
     width) for all tokens; without layer for a site that has none. As safetensors they are `activations`, beside
     `token_index`: (position, sample), (sample, token) or (token,), with `offsets`, (sample + 1,), for all tokens.
 
-    Raises Problem: 413 for more than most_bytes; UnknownNameError for what was not captured.
+    Raises Problem: 413 for more than most_bytes, before memory is taken; 409 for what was not captured.
     """
     snapshot = capture.snapshot
     if request.tokens is not None and request.positions is not None:
         raise Problem(422, "bad_input", "both `positions` and `tokens` are asked for", "name one of them")
+    if what := missing(request, snapshot):
+        raise not_captured(snapshot, what)
     plan = _Plan(capture, snapshot, request)
     if request.tokens is None:
         return plan.cells(most_bytes)
@@ -90,7 +66,7 @@ def plan_reading(capture: Capture, request: ReadRequest, most_bytes: int) -> Rea
 class _Plan:
     def __init__(self, capture: Capture, snapshot: Snapshot, request: ReadRequest) -> None:
         self.capture, self.snapshot, self.request = capture, snapshot, request
-        c = snapshot.root.coverage
+        c = snapshot.coverage
         self.dtype = c.dtype if request.dtype == "stored" else "float32"
         self.width = c.widths.get(request.site, 0)
         layered = request.site in SITES and SITES[request.site].layered
@@ -104,6 +80,7 @@ class _Plan:
             request.site, self.layers, positions, samples, request.dtype, snapshot
         )
         shape = (*map(len, layers), len(chosen), len(rows), self.width)
+        check_size(shape, _ITEM_BYTES[self.dtype], 4 * len(chosen) * len(rows), len(rows), most_bytes)
         row_bytes = self.width * _ITEM_BYTES[self.dtype]
 
         def blocks() -> Iterator[memoryview]:
@@ -111,21 +88,22 @@ class _Plan:
                 yield _bytes(snapshot.read_cells(request.site, outer, part, request.dtype, request.check))
 
         def tensors() -> dict[str, np.ndarray]:
-            index = snapshot.cell_tokens[:, rows]
-            return {"token_index": index[chosen]}
+            return {"token_index": snapshot.cell_tokens[np.ix_(chosen, rows)]}
 
-        names = [snapshot.root.coverage.positions[i] for i in chosen]
-        return self._reading(shape, blocks, tensors, {"positions": names}, layers, rows, most_bytes)
+        names = [snapshot.coverage.positions[i] for i in chosen]
+        return self._reading(shape, blocks, tensors, {"positions": names}, layers, rows)
 
     def all_tokens(self, most_bytes: int) -> Reading:
         request, snapshot = self.request, self.snapshot
         layers, rows = self._token_axes()
         lengths = snapshot.token_length[rows]
+        count = int(lengths.sum())
+        shape = (*map(len, layers), count, self.width)
+        check_size(shape, _ITEM_BYTES[self.dtype], 4 * count + 8 * len(rows), len(rows), most_bytes)
         starts = snapshot.token_offsets[rows]
         places = np.concatenate(
             [np.empty(0, np.int64), *(s + np.arange(n) for s, n in zip(starts, lengths, strict=True))]
         )
-        shape = (*map(len, layers), len(places), self.width)
         row_bytes = self.width * _ITEM_BYTES[self.dtype]
 
         def blocks() -> Iterator[memoryview]:
@@ -138,13 +116,14 @@ class _Plan:
                 "token_index": snapshot.token_index[places],
             }
 
-        return self._reading(shape, blocks, tensors, {"tokens": "all"}, layers, rows, most_bytes)
+        return self._reading(shape, blocks, tensors, {"tokens": "all"}, layers, rows)
 
     def some_tokens(self, tokens: Sequence[int], most_bytes: int) -> Reading:
         """Each token of each sample, from wherever it is stored: as a position, or token by token."""
         snapshot = self.snapshot
-        c = snapshot.root.coverage
         layers, rows = self._token_axes()
+        shape = (*map(len, layers), len(rows), len(tokens), self.width)
+        check_size(shape, _ITEM_BYTES[self.dtype], 4 * len(rows) * len(tokens), len(rows), most_bytes)
         table = samples_of(snapshot, ["total_length"])
         total = table["total_length"].to_numpy()[rows]
         wanted = np.array(tokens, np.int64)[None, :] + np.where(np.array(tokens) < 0, 1, 0)[None, :] * total[:, None]
@@ -152,14 +131,12 @@ class _Plan:
         missing = (place < 0) & (position < 0)
         if missing.any():
             first = int(np.flatnonzero(missing.any(axis=1))[0])
-            there = [*c.positions, *(() if c.tokens is None else (str(c.tokens),))]
-            raise Problem(
-                409, "not_captured",
+            raise not_captured(
+                snapshot,
                 f"sample {snapshot.keys[rows[first]]}: {int(missing[first].sum())} of the {len(tokens)} tokens that were asked "
-                f"for were not captured", "ask for what is there, or capture them",
-                there={"positions": there, "total_length": int(total[first]), "token_index": self._stored(rows[first])},
+                f"for were not captured",
+                total_length=int(total[first]), token_index=self._stored(rows[first]),
             )  # fmt: skip
-        shape = (*map(len, layers), len(rows), len(tokens), self.width)
         row_bytes = self.width * _ITEM_BYTES[self.dtype]
 
         def blocks() -> Iterator[memoryview]:
@@ -170,7 +147,7 @@ class _Plan:
         def tensors() -> dict[str, np.ndarray]:
             return {"token_index": wanted.astype(np.int32)}
 
-        return self._reading(shape, blocks, tensors, {"tokens": list(tokens)}, layers, rows, most_bytes)
+        return self._reading(shape, blocks, tensors, {"tokens": list(tokens)}, layers, rows)
 
     def _token_axes(self) -> tuple[list[list[int]], np.ndarray]:
         """(indices along the layer axis, or nothing; rows), whether the capture has positions, tokens or both."""
@@ -178,22 +155,16 @@ class _Plan:
         samples = None if request.samples is None else list(request.samples)
         rows, _ = self.capture.rows(samples, self.snapshot)
         layers, _ = self.capture.layer_axis(self.snapshot, request.site, self.layers, request.dtype)
-        if request.tokens == "all" and self.snapshot.root.coverage.tokens is None:
-            raise Problem(
-                409, "not_captured", "this capture holds no tokens, only positions", "ask for positions",
-                there={"positions": list(self.snapshot.root.coverage.positions)},
-            )  # fmt: skip
         return layers, rows
 
     def _where(self, rows: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(sample, token) row among all tokens, and number of a position, that hold each; -1 where none does."""
         snapshot = self.snapshot
         place, position = np.full(wanted.shape, -1), np.full(wanted.shape, -1)
-        if snapshot.root.coverage.positions:
-            index = snapshot.cell_tokens[:, rows]
+        if snapshot.coverage.positions:
             for number, at in enumerate(index):
                 position = np.where((at[:, None] == wanted) & (wanted >= 0), number, position)
-        if snapshot.root.coverage.tokens is not None:
+        if snapshot.coverage.tokens is not None:
             for i, row in enumerate(rows.tolist()):
                 start = int(snapshot.token_offsets[row])
                 stored = snapshot.token_index[start : start + int(snapshot.token_length[row])]
@@ -210,9 +181,9 @@ class _Plan:
         """Token indices of which a sample has an activation."""
         snapshot = self.snapshot
         found: set[int] = set()
-        if snapshot.root.coverage.positions:
+        if snapshot.coverage.positions:
             found |= {token for token in snapshot.cell_tokens[:, row].tolist() if token >= 0}
-        if snapshot.root.coverage.tokens is not None:
+        if snapshot.coverage.tokens is not None:
             start = int(snapshot.token_offsets[row])
             found |= set(snapshot.token_index[start : start + int(snapshot.token_length[row])].tolist())
         return list(islice(sorted(found), 1000))
@@ -244,16 +215,10 @@ class _Plan:
         facts: dict[str, Any],
         layers: list[list[int]],
         rows: np.ndarray,
-        most_bytes: int,
     ) -> Reading:
         request, snapshot = self.request, self.snapshot
-        values = int(np.prod(shape, dtype=object)) * _ITEM_BYTES[self.dtype]
-        if values > most_bytes:
-            raise Problem(
-                413, "too_large", f"the answer would have {values} bytes, the most is {most_bytes}",
-                "ask for fewer layers, positions or samples at once",
-            )  # fmt: skip
-        named = snapshot_id(self.capture)
+        values = math.prod(shape) * _ITEM_BYTES[self.dtype]
+        named = snapshot_id(snapshot)
         head = b""
         if request.format == "safetensors":
             extra = {name: np.ascontiguousarray(array) for name, array in tensors().items()}
@@ -262,7 +227,7 @@ class _Plan:
                 "capture": request.capture,
                 "snapshot": named,
                 "site": request.site,
-                "layers": [snapshot.root.coverage.layers[i] for axis in layers for i in axis],
+                "layers": [snapshot.coverage.layers[i] for axis in layers for i in axis],
                 "samples": snapshot.keys[rows].tolist(),
             }
             metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}

@@ -10,7 +10,8 @@ from fastapi.responses import Response, StreamingResponse
 
 from hiddenlake.cache.service.app import By, Parts, With, need, problems
 from hiddenlake.cache.service.keys import Caller
-from hiddenlake.cache.service.reading import Reading, ReadRequest, plan_reading
+from hiddenlake.cache.service.read_request import ReadRequest
+from hiddenlake.cache.service.reading import Reading, plan_reading
 
 router = APIRouter(tags=["activations"], dependencies=[need("read")])
 
