@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,3 +127,37 @@ def sample_key(identity: Identity, prompt_ids: Sequence[int], index: int | str, 
     """
     ids = hashlib.sha256(np.asarray(prompt_ids, "<i4").tobytes()).hexdigest()
     return digest({"identity": identity.to_json(), "prompt": ids, "index": index, "sample": sample_index})
+
+
+# What decides the numbers of an activation beside token ids and how an answer was drawn.
+_MODEL_FIELDS = ("weights", "quantization", "lora", "compute_dtype", "stored_dtype", "position_rules")
+
+
+def model_key(identity: Mapping[str, Any]) -> str:
+    """Equal for captures, of whatever task, whose activations of the same tokens are the same numbers: 32 hex digits.
+
+    identity : as Identity.to_json gives it.
+    """
+    # A hub's commit names weights among those of one repository only.
+    weights = str(identity.get("weights"))
+    name = None if weights.startswith("sha256:") else identity.get("model")
+    return digest([name, *(identity.get(field) for field in _MODEL_FIELDS)])
+
+
+def answer_key(
+    model: str, decoding: Mapping[str, Any], prompt_ids: Sequence[int], given: Sequence[int] | None, seed: int | None
+) -> str | None:
+    """The key of one answer to one prompt, whatever task it was asked in: 32 hex digits.
+
+    model : model_key.  decoding : as Decoding.to_json gives it.  given : ids of an answer that is fed.
+    seed : of this answer (Sampling.seed_of), None for greedy decoding.
+
+    None where the decoding does not say how an answer came about.
+    """
+    sampling = decoding["sampling"]
+    if sampling == "served":
+        return None
+    if isinstance(sampling, Mapping):
+        sampling = {name: value for name, value in sampling.items() if name != "seed"}
+    ids = [hashlib.sha256(np.asarray(part, "<i4").tobytes()).hexdigest() for part in (prompt_ids, given or ())]
+    return digest([model, decoding["max_new_tokens"], sampling, ids, seed])

@@ -23,7 +23,7 @@ class Model:
 
     path : hub id or local folder, as the engines take it.
     widths : kind of width -> elements, as in `Site.width`; without `d_mlp` where the family has none.
-    context : most tokens that a sequence may have.
+    context : most tokens that a sequence may have.  vocabulary : token ids are below it.
     quantization : what its quantisation is called (see quantization.py), or None.
     end_ids : tokens that end an answer.
     weights : the hub's commit, or `sha256:` and the hash of the local weight files.
@@ -36,6 +36,7 @@ class Model:
     n_layers: int
     widths: dict[str, int]
     context: int
+    vocabulary: int
     dtype: str
     quantization: str | None
     end_ids: tuple[int, ...]
@@ -127,6 +128,7 @@ def load_model(path: str | os.PathLike[str], dtype: str | None = None) -> Model:
         n_layers=config.num_hidden_layers,
         widths=family.widths(config),
         context=config.max_position_embeddings,
+        vocabulary=config.vocab_size,
         dtype=dtype,
         quantization=quantization,
         end_ids=tuple(ends),

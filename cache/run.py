@@ -1,7 +1,8 @@
 """Run: one engine and one writer at work on one task, from its prompts to its committed samples."""
 
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 from hiddenlake.cache.asking import Asking, EngineAsker, Judged
@@ -17,6 +18,9 @@ from hiddenlake.cache.summary import Summary, Watcher
 # Samples reserved at a time: enough to keep an engine busy, few enough for several writers to share a small task.
 _RESERVE = 64
 
+# Gives up to so many prompts that are to be worked on next; none where there are none just now.
+Source = Callable[[int], Sequence[Prompt]]
+
 # A generation is cheap beside a lost sample, and a second failure is not chance.
 _ATTEMPTS = 2
 
@@ -29,15 +33,29 @@ def fail(writer: Writer, summary: Summary, prompt: Prompt, cause: str, attempts:
 
 
 class Run:
-    """One engine and one writer at work on one task."""
+    """One engine and one writer at work on one task.
 
-    def __init__(self, job: Job, engine: Engine, writer: Writer, summary: Summary, watcher: Watcher) -> None:
+    publish_seconds : samples are published this long after the first of them is there, in shards that are not full; None
+        for when their shard is.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        engine: Engine,
+        writer: Writer,
+        summary: Summary,
+        watcher: Watcher,
+        publish_seconds: float | None = None,
+    ) -> None:
         self.job, self.model = job, job.request.model
         self.engine, self.writer, self.summary, self.watcher = engine, writer, summary, watcher
         self.sample_bytes = writer.layout.shard_bytes // writer.shard_samples
         self.in_flight: dict[str, Prompt] = {}
         self.shelf = Shelf(engine, writer)
         self.attempts: dict[str, int] = {}
+        self._publish_seconds = publish_seconds
+        self._unpublished: float | None = None
         follow_up, asker = job.follow_up, None
         if follow_up is not None:
             asker = ChatAsker(follow_up.served) if follow_up.served else EngineAsker(engine, follow_up.longest)
@@ -46,10 +64,15 @@ class Run:
 
     def go(self, pending: Sequence[Prompt]) -> None:
         """Until all are committed or given up, but for what the writer has not flushed."""
+        rest = iter(pending)
+        self.follow(lambda most: list(islice(rest, most)))
+
+    def follow(self, source: Source) -> None:
+        """The same, of what a source gives, until it gives nothing while nothing is in flight."""
         waiting: deque[Prompt] = deque()
-        blocks = self._reserve(pending)
         while True:
-            while waiting or waiting.extend(next(blocks, ())) or waiting:
+            waiting.extend(self._publish_due())
+            while waiting or waiting.extend(self._reserve(source)) or waiting:
                 if not self.engine.has_room(waiting[0]):
                     break
                 self._submit(waiting.popleft())
@@ -68,15 +91,28 @@ class Run:
         """Ask no more."""
         self.asking.close()
 
-    def _reserve(self, pending: Sequence[Prompt]) -> Iterator[list[Prompt]]:
-        """Prompts that no other writer works on, a block at a time."""
-        iterator = iter(pending)
-        while block := list(islice(iterator, _RESERVE)):
+    def _reserve(self, source: Source) -> list[Prompt]:
+        """Prompts that no other writer works on; none where the source has none."""
+        while block := source(_RESERVE):
             by_key = {prompt.key: prompt for prompt in block}
             mine = self.writer.reserve(list(by_key), len(by_key))
-            self.summary.elsewhere += sum(key not in self.writer.committed for key in by_key.keys() - set(mine))
+            others = by_key.keys() - set(mine)
+            self.summary.elsewhere += sum(key not in self.writer.committed for key in others)
+            if others:
+                self.watcher.left([by_key[key] for key in others])
             if mine:
-                yield [by_key[key] for key in mine]
+                return [by_key[key] for key in mine]
+        return []
+
+    def _publish_due(self) -> list[Prompt]:
+        """Publish what has waited for long enough. Returns the prompts to try again."""
+        if self._unpublished is None or time.monotonic() - self._unpublished < self._publish_seconds:
+            return []
+        retry = self._settle(self.shelf.wait())
+        self._unpublished = None
+        self.writer.flush()
+        self.watcher.published()
+        return retry
 
     def _submit(self, prompt: Prompt) -> None:
         self.in_flight[prompt.key] = prompt
@@ -107,6 +143,8 @@ class Run:
         for sample, placed, cause in settled:
             prompt = self.in_flight.pop(sample.key)
             if cause is None:
+                if self._publish_seconds is not None and self._unpublished is None:
+                    self._unpublished = time.monotonic()
                 self.summary.committed += 1
                 self.summary.correct += bool(sample.correct)
                 self.summary.tokens += sample.total_length - sample.prompt_length

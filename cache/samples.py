@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from hiddenlake.cache.identity import Sampling
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -60,6 +62,7 @@ class Prompt:
 
     key : the sample's key, known before the answer exists.
     given : the answer's token ids, where it is given and not to be generated.
+    seed : of a sampled answer, where it does not follow from the question's row.
     """
 
     key: str
@@ -68,6 +71,11 @@ class Prompt:
     text: str
     token_ids: tuple[int, ...]
     given: tuple[int, ...] | None = None
+    seed: int | None = None
+
+    def seed_of(self, sampling: Sampling) -> int | None:
+        """The seed of this answer; None for greedy decoding."""
+        return self.seed if self.seed is not None else sampling.seed_of(self.question.index, self.sample_index)
 
 
 @dataclass(frozen=True, slots=True)

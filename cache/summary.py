@@ -1,9 +1,11 @@
 """Summary: what a run did, and who hears of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hiddenlake.cache.estimate import Estimate
 from hiddenlake.cache.inquiry import Asked
+from hiddenlake.cache.samples import Prompt
 
 
 @dataclass(slots=True)
@@ -43,3 +45,9 @@ class Watcher:
 
     def progressed(self, summary: Summary) -> None:
         """Samples have been stored, or have failed."""
+
+    def published(self) -> None:
+        """What was stored has been published before its shard was full."""
+
+    def left(self, prompts: Sequence[Prompt]) -> None:
+        """Prompts that are not worked on here: another writer works on them, or they are committed."""

@@ -25,6 +25,10 @@ class Request:
     lora : folder of an adapter, or None.
     options : the engine's own settings, e.g. vLLM's engine arguments.
     ask_length : longest question about an answer that the engine may be asked, reply included, in tokens; 0 for none.
+    varying : whether the engine shall go on to other requests (see Engine.serve): positions, decoding, and some of the sites
+        and layers. Then max_length and the decoding's longest answer bound theirs; rows are admitted as each sample needs
+        them, and what the ring has no room for is spilled.
+    spill : folder for that, where the request is varying.
     """
 
     model: Model
@@ -38,6 +42,8 @@ class Request:
     lora: str | None
     options: dict[str, Any]
     ask_length: int = 0
+    varying: bool = False
+    spill: str | None = None
 
     @property
     def table(self) -> TapTable:
@@ -83,6 +89,18 @@ class Request:
                     f"the engine was started for {what} of up to {ours} tokens, this job needs {theirs}: start one for "
                     f"this job's request"
                 )
+
+    def check_may_follow(self, other: "Request") -> None:
+        """Raise BadInputError where an engine that was started for this varying request cannot go on to another."""
+        mine, others = self._values(), other._values()
+        fixed = [name for name in ("weights", "dtype", "lora") if mine[name] != others[name]]
+        fixed += [name for name in ("sites", "layers") if not set(others[name]) <= set(mine[name])]
+        if fixed or other.max_length > self.max_length:
+            raise BadInputError(
+                f"the engine was started for {', '.join(f'{name} {mine[name]}' for name in fixed) or 'sequences'} of up to "
+                f"{self.max_length} tokens, this request has {', '.join(f'{name} {others[name]}' for name in fixed)} "
+                f"{other.max_length} tokens: start one for it"
+            )
 
     def _values(self) -> dict[str, Any]:
         return {
@@ -135,6 +153,9 @@ class Engine(Protocol):
 
         Raises CaptureError; nothing is running then.
         """
+
+    def serve(self, request: Request) -> None:
+        """Go on with another request, while nothing is in flight, where the first was varying. Raises BadInputError."""
 
     def has_room(self, prompt: Prompt) -> bool:
         """Whether a prompt may be submitted now: rows in flight are bounded by ring_bytes."""

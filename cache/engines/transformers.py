@@ -51,12 +51,13 @@ class TransformersEngine:
             )
         if unknown := sorted(request.options.keys() - {"batch_size"}):
             raise BadInputError(f"the transformers engine has no option {', '.join(unknown)}: it has batch_size")
-        self.request = request
+        self.request = self._first = request
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model: Any = None
         self._batch = int(request.options.get("batch_size", _BATCH))
         # where something is pooled over prompts, all of their rows are kept until it is
-        rows = request.max_length if self._pools(request.max_length) else request.rows_per_sample
+        every = request.varying or self._pools(request.max_length)
+        rows = request.max_length if every else request.rows_per_sample
         bytes_ = self._batch * rows * request.row_bytes
         self.memory = Memory(
             samples=self._batch,
@@ -92,6 +93,10 @@ class TransformersEngine:
             model.path, dtype=getattr(torch, model.dtype), attn_implementation=model.family.attention
         )
         self._model.to(self._device).eval()
+
+    def serve(self, request: Request) -> None:
+        self._first.check_may_follow(request)
+        self.request, self.table = request, request.table
 
     def has_room(self, prompt: Prompt) -> bool:
         return len(self._queue) + len(self._rows) < self._batch
@@ -146,7 +151,7 @@ class TransformersEngine:
             return generate(self._model, model, [prompt.token_ids for prompt in prompts], longest, sampling)
         answers = []
         for prompt in prompts:  # one by one, because each sample has a seed of its own
-            seed = sampling.seed_of(prompt.question.index, prompt.sample_index)
+            seed = prompt.seed_of(sampling)
             answers += generate(self._model, model, [prompt.token_ids], longest, sampling, seed)
         return answers
 

@@ -17,6 +17,7 @@ from hiddenlake.cache.worker.plan import (
     CANARY,
     KEY_ARG,
     LAST_TOKEN_ARG,
+    POSITIONS_ARG,
     PROMPT_LENGTH_ARG,
     TAIL_ARG,
     TOKENS_ARG,
@@ -33,20 +34,16 @@ class VllmEngine:
 
         self.request = request
         self._config, self.memory = configure(request)
+        self._first = request
         # given texts, and answers to short prompts, may need far fewer rows than the longest; what is pooled does not
-        pooled = wanted(request.positions, request.tokens, request.max_length).pools
+        pooled = not request.varying and wanted(request.positions, request.tokens, request.max_length).pools
         self._most_samples = self.memory.samples if pooled else QUEUE * self._config.scheduler_config.max_num_seqs
         self._most_rows = self.memory.samples * request.rows_per_sample
+        if request.varying:
+            self._most_rows = request.ring_bytes // request.row_bytes
         self._engine: Any = None
         self._ranks = self._config.parallel_config.world_size
-        given = request.decoding.max_new_tokens == 0
-        sampling = request.decoding.sampling
-        self._sampling = self._params(
-            sampling,
-            max(1, request.decoding.max_new_tokens),
-            logprobs=None if given else 0,
-            skip_reading_prefix_cache=True,
-        )
+        self._sampling = self._sampling_of(request)
         self._lora = LoRARequest("lora", 1, request.lora) if request.lora is not None else None
         self._reserved: dict[str, int] = {}
         self._prompts: dict[str, Prompt] = {}
@@ -56,6 +53,19 @@ class VllmEngine:
         self._reports = Ranks(self._ranks)
         self._last: set[str] = set()
         self.provenance = setup.provenance(self._config)
+
+    def serve(self, request: Request) -> None:
+        self._first.check_may_follow(request)
+        self.request, self._sampling = request, self._sampling_of(request)
+
+    def _sampling_of(self, request: Request) -> Any:
+        given = request.decoding.max_new_tokens == 0
+        return self._params(
+            request.decoding.sampling,
+            max(1, request.decoding.max_new_tokens),
+            logprobs=None if given else 0,
+            skip_reading_prefix_cache=True,
+        )
 
     def _params(self, sampling: Sampling, max_tokens: int, **settings: Any) -> Any:
         """vLLM's SamplingParams."""
@@ -86,7 +96,7 @@ class VllmEngine:
         if self._lora is not None:
             setup.load_adapter(self._engine, self._lora)
         # behind its answer one position more, without which vLLM would end before the last token is fed
-        ids = ids[: setup.longest_sequence(self.request) - setup.CANARY_TOKENS - 1]
+        ids = ids[: setup.longest_sequence(self._first) - setup.CANARY_TOKENS - 1]
         self._engine.add_request(CANARY, {"prompt_token_ids": list(ids)}, canary_params(), lora_request=self._lora)
         finished: list[Generation] = []
         while not finished:
@@ -98,7 +108,9 @@ class VllmEngine:
 
     def has_room(self, prompt: Prompt) -> bool:
         rows = sum(self._reserved.values()) + self._rows(prompt)
-        return len(self._reserved) < self._most_samples and rows <= self._most_rows
+        # what alone is more than the ring holds is spilled, if it may be
+        fits = rows <= self._most_rows or (self._first.varying and not self._reserved)
+        return len(self._reserved) < self._most_samples and fits
 
     def _rows(self, prompt: Prompt) -> int:
         return self.request.rows(len(prompt.token_ids), None if prompt.given is None else len(prompt.given))
@@ -107,6 +119,9 @@ class VllmEngine:
         params = self._sampling.clone()
         ids, q = list(prompt.token_ids), len(prompt.token_ids)
         params.extra_args = {KEY_ARG: prompt.key}
+        if self._first.varying:
+            every = () if self.request.tokens is None else (str(self.request.tokens),)
+            params.extra_args[POSITIONS_ARG] = [*self.request.positions, *every]
         if tokens is not None:
             params.extra_args[TOKENS_ARG] = list(tokens)
         if prompt.given is not None:
@@ -116,7 +131,7 @@ class VllmEngine:
         else:
             want = wanted(self.request.positions, self.request.tokens, q)
             params.extra_args[LAST_TOKEN_ARG] = int(want.last)
-            params.seed = self.request.decoding.sampling.seed_of(prompt.question.index, prompt.sample_index)
+            params.seed = prompt.seed_of(self.request.decoding.sampling)
         self._engine.add_request(prompt.key, {"prompt_token_ids": ids}, params, lora_request=self._lora)
         self._reserved[prompt.key] = self._rows(prompt) if tokens is None else len(tokens)
         self._prompts[prompt.key] = prompt

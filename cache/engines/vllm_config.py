@@ -25,6 +25,8 @@ def configure(request: Request) -> tuple[Any, Memory]:
     """
     options = setup.engine_options(request)
     config = _create(request, options)
+    if request.varying:
+        return _configure_varying(request, config)
     scheduler = config.scheduler_config
     pools = wanted(request.positions, request.tokens, request.max_length).pools
     # rows of a pooled prompt pass through the ring, a step's worth at a time
@@ -61,6 +63,34 @@ def configure(request: Request) -> tuple[Any, Memory]:
     return config, Memory(
         samples, request.sample_bytes, passing * request.row_bytes, *_device_memory(request, config, plan.max_rows)
     )
+
+
+def _configure_varying(request: Request, config: Any) -> tuple[Any, Memory]:
+    """Taps of which each sample names the rows that it needs; what it has no room for in the ring is spilled."""
+    scheduler = config.scheduler_config
+    ring_rows = request.ring_bytes // request.row_bytes
+    if ring_rows < scheduler.max_num_batched_tokens:
+        raise CaptureError(
+            f"--ring-bytes {request.ring_bytes} is too small: one step may compute {scheduler.max_num_batched_tokens} rows of "
+            f"{request.row_bytes} bytes; raise it, lower vLLM's max_num_batched_tokens, or tap fewer sites or layers"
+        )
+    plan = Plan(
+        sites=request.sites,
+        layers=request.layers,
+        n_layers=request.model.n_layers,
+        positions=(),
+        tokens=None,
+        widths=request.model.widths,
+        dtype=request.model.dtype,
+        ring_rows=ring_rows,
+        max_rows=None,
+        spill=request.spill,
+        shared=True,
+    )
+    config.additional_config = {**config.additional_config, CONFIG_KEY: plan.to_json()}
+    samples = QUEUE * scheduler.max_num_seqs
+    device = _device_memory(request, config, scheduler.max_num_batched_tokens)
+    return config, Memory(samples, ring_rows * request.row_bytes // samples, 0, *device)
 
 
 def _create(request: Request, options: dict[str, Any]) -> Any:

@@ -115,8 +115,8 @@ def engine_options(request: Request) -> dict[str, Any]:
     sampling = request.decoding.sampling
     # a captured request never reads the prefix cache; what feeds a last token behind a stop string does, and questions
     # about answers, which begin alike
-    options.setdefault("enable_prefix_caching", bool(sampling.stop or request.ask_length))
-    if cpu and (request.ask_length or not sampling.greedy):
+    options.setdefault("enable_prefix_caching", bool(sampling.stop or request.ask_length or request.varying))
+    if cpu and (request.ask_length or request.varying or not sampling.greedy):
         options |= _whole_prompts(request)
     if request.lora is not None:
         options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": check_adapter(request.lora, request.model)}

@@ -17,11 +17,14 @@ from hiddenlake import __version__
 from hiddenlake.cache.errors import HiddenlakeError
 from hiddenlake.cache.service.database import Database
 from hiddenlake.cache.service.gate import Gate
+from hiddenlake.cache.service.jobs import Jobs
 from hiddenlake.cache.service.keys import Caller, Keys
 from hiddenlake.cache.service.lake import Lake
 from hiddenlake.cache.service.metrics import Metrics
 from hiddenlake.cache.service.problems import Problem, ProblemBody, problem_of
+from hiddenlake.cache.service.resolving import Resolver
 from hiddenlake.cache.service.settings import Settings
+from hiddenlake.cache.service.work import Work
 
 # Names by which a server is called that listens at this machine alone.
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -39,6 +42,9 @@ class Parts:
     database: Database
     keys: Keys
     metrics: Metrics
+    work: Work
+    jobs: Jobs
+    resolver: Resolver
 
 
 def parts_of(request: Request) -> Parts:
@@ -93,7 +99,7 @@ def make_app(
 
     routers : of other rooms, each with its scopes.  started : an asynchronous context manager around the app's life.
     """
-    from hiddenlake.cache.service import captures, raw_zarr, reads
+    from hiddenlake.cache.service import captures, computing, raw_zarr, reads
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -118,7 +124,7 @@ def make_app(
     )
     app.state.parts = parts
     app.include_router(_own(parts))
-    for router in (captures.router, reads.router, raw_zarr.router, *routers):
+    for router in (captures.router, reads.router, raw_zarr.router, computing.router, *routers):
         app.include_router(router)
     app.add_exception_handler(HiddenlakeError, _problem)
     app.add_exception_handler(RequestValidationError, _problem)

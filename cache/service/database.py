@@ -25,6 +25,44 @@ CREATE TABLE keys (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, hash BLOB NOT NULL, scopes TEXT NOT NULL, tenant TEXT,
     created REAL NOT NULL, revoked REAL
 ) STRICT;
+
+-- What workers can compute. facts: JSON of Offer.
+CREATE TABLE models (id TEXT PRIMARY KEY, name TEXT NOT NULL, facts TEXT NOT NULL, seen REAL NOT NULL) STRICT;
+
+-- started: what tells a process from a later one of its number.
+CREATE TABLE workers (
+    id TEXT PRIMARY KEY, model TEXT NOT NULL, pid INTEGER NOT NULL, started TEXT NOT NULL, beat REAL NOT NULL
+) STRICT;
+
+-- One row an answer that was asked for and was not there. ids: JSON, removed when it is there.
+-- lease, enqueued: seconds of the machine's monotonic clock since the boot that `boot` names.
+CREATE TABLE work (
+    number INTEGER PRIMARY KEY, key TEXT NOT NULL, plan TEXT NOT NULL, tenant TEXT NOT NULL, model TEXT NOT NULL,
+    ids TEXT, seed INTEGER, bytes INTEGER NOT NULL, state TEXT NOT NULL, boot TEXT NOT NULL, enqueued REAL NOT NULL,
+    worker TEXT, lease REAL, attempts INTEGER NOT NULL DEFAULT 0, capture TEXT, cause TEXT,
+    UNIQUE (key, plan, tenant)
+) STRICT;
+CREATE INDEX work_state ON work (state, model, number);
+
+-- How a group of answers is computed. spec: JSON of Plan.
+CREATE TABLE plans (id TEXT PRIMARY KEY, spec TEXT NOT NULL) STRICT;
+
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, tenant TEXT NOT NULL, created REAL NOT NULL, cancelled REAL
+) STRICT;
+CREATE TABLE items (
+    job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, work INTEGER NOT NULL, PRIMARY KEY (job, work)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX items_work ON items (work);
+
+-- Where answers lie, whoever captured them; follows from the lake.
+CREATE TABLE entries (
+    number INTEGER PRIMARY KEY, key TEXT NOT NULL, capture TEXT NOT NULL, sample TEXT NOT NULL, UNIQUE (key, capture)
+) STRICT;
+CREATE INDEX entries_capture ON entries (capture);
+CREATE TABLE indexed (capture TEXT NOT NULL, part TEXT NOT NULL, PRIMARY KEY (capture, part)) STRICT, WITHOUT ROWID;
+
+CREATE TABLE held (capture TEXT PRIMARY KEY, pinned INTEGER NOT NULL DEFAULT 0, used REAL NOT NULL) STRICT;
 """
 
 
@@ -59,7 +97,7 @@ class Database:
             with self.write() as cursor:
                 [version] = cursor.execute("PRAGMA user_version").fetchone()
                 if version == 0:
-                    for statement in _SCHEMA.split(";"):
+                    for statement in _SCHEMA.split(";\n"):
                         cursor.execute(statement)
                     cursor.execute(f"PRAGMA user_version = {VERSION}")
         except sqlite3.DatabaseError as error:

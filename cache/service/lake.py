@@ -4,13 +4,14 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hiddenlake.cache.errors import HiddenlakeError, StoreError
 from hiddenlake.cache.identity import digest
 from hiddenlake.cache.service.keys import Caller
-from hiddenlake.cache.service.problems import no_such
+from hiddenlake.cache.service.problems import Problem, no_such
 from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.catalog import captures_of
 from hiddenlake.cache.store.reader import Capture
@@ -53,6 +54,23 @@ class Lake:
                 if _visible(capture, caller):
                     return capture
         raise no_such("capture", "GET /v1/captures lists those that there are")
+
+    def fresh(self, name: str, caller: Caller, sample: str | None = None) -> Capture:
+        """The same, looked at again if it, or a sample of it, was not there a moment ago."""
+        try:
+            capture = self.capture(name, caller)
+            if sample is None or sample in capture.snapshot.row_of:
+                return capture
+        except Problem:
+            pass
+        self.refresh(name)
+        return self.capture(name, caller)
+
+    def all(self) -> Iterator[tuple[str, Capture]]:
+        """Every capture that can be opened, whoever may see it."""
+        for name in sorted(self._names()):
+            with suppress(HiddenlakeError):
+                yield name, self._open(name)
 
     def captures(self, caller: Caller) -> Iterator[tuple[str, Capture | HiddenlakeError]]:
         """Every capture that a caller may see, or why it cannot be opened."""

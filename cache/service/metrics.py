@@ -23,4 +23,7 @@ class Metrics:
             "read_seconds", "Reading and checking one block of activations.", buckets=_SECONDS, **own
         )
         self.read_bytes = Counter("read_bytes", "Activations that were read, in bytes.", **own)
+        self.hits = Counter("resolve_hits", "Answers that were asked for and were there.", **own)
+        self.misses = Counter("resolve_misses", "Answers that were asked for and were not there.", **own)
+        self.evictions = Counter("evictions", "Captures that were removed to keep within the quota.", **own)
         self.logins = Counter("refused_keys", "Requests without a key that counts.", **own)

@@ -11,11 +11,16 @@ from typing import Any
 from hiddenlake.cache.errors import BadInputError, StoreError
 from hiddenlake.cache.service.app import Parts, is_loopback, make_app
 from hiddenlake.cache.service.database import Database
+from hiddenlake.cache.service.jobs import Jobs
+from hiddenlake.cache.service.keeping import Keeper
 from hiddenlake.cache.service.keys import Keys
 from hiddenlake.cache.service.lake import Lake
 from hiddenlake.cache.service.logs import event, start_logging
+from hiddenlake.cache.service.lookup import Lookup
 from hiddenlake.cache.service.metrics import Metrics
+from hiddenlake.cache.service.resolving import Resolver
 from hiddenlake.cache.service.settings import Settings
+from hiddenlake.cache.service.work import Work
 
 
 def make_parts(lake: str | Path, settings: Settings) -> Parts:
@@ -24,7 +29,9 @@ def make_parts(lake: str | Path, settings: Settings) -> Parts:
         raise StoreError(f"{lake} is no folder: name the folder that holds your captures")
     seen = Lake(lake)
     database = Database(lake)
-    return Parts(settings, seen, database, Keys(database), Metrics())
+    work = Work(database)
+    resolver = Resolver(settings, seen, work, Lookup(database, seen))
+    return Parts(settings, seen, database, Keys(database), Metrics(), work, Jobs(database), resolver)
 
 
 def serve(
@@ -74,9 +81,13 @@ def serve(
     if ready is not None:
         ready(url, temporary)
     event("listening", url=url)
+    keeper = Keeper(parts)
+    keeper.start()
     try:
         server.run(sockets=[listening])
     finally:
+        keeper.stop()
+        parts.resolver.close()
         with suppress(OSError):
             listening.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)

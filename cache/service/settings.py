@@ -60,10 +60,13 @@ class Settings(BaseSettings):
     )
     drain: float = _setting(30.0, _BOTH, "Seconds that work in progress has to end after SIGTERM.", gt=0)
     log_level: str = _setting("info", _BOTH, "debug, info, warning or error.", pattern="^(debug|info|warning|error)$")
-    lease: float = _setting(
-        30.0, _WORKER, "Seconds without a sign of life after which a worker's prompts are another's.", gt=0
+    patience: float = _setting(
+        600.0, _SERVE, "Seconds that work waits for a worker of its model before it fails.", gt=0
     )
-    attempts: int = _setting(3, _WORKER, "Workers that may die over one prompt before it is given up.", gt=0)
+    lease: float = _setting(
+        30.0, _BOTH, "Seconds without a sign of life after which a worker's prompts are another's.", gt=0
+    )
+    attempts: int = _setting(3, _BOTH, "Workers that may die over one prompt before it is given up.", gt=0)
     sites: str = _setting("mlp_out", _WORKER, "Sites that are tapped, by comma.")
     layers: str = _setting("all", _WORKER, "Layers that are tapped: `all`, or 13 or 0,5,10-12.")
     max_new_tokens: int = _setting(512, _WORKER, "Longest answer that may be asked for, in tokens.", gt=0)

@@ -18,6 +18,7 @@ keys_app = typer.Typer(help="Who may ask a lake's service.", no_args_is_help=Tru
 app.add_typer(keys_app, name="keys")
 
 Lake = Annotated[str, typer.Argument(help="A folder of captures.", show_default=False)]
+Model = Annotated[str, typer.Option(help="Hugging Face folder, or hub id.", show_default=False)]
 Config = Annotated[Path | None, typer.Option(help="A TOML file with settings.")]
 
 
@@ -104,6 +105,19 @@ def serve_command(lake: Lake, config: Config = None, *, flags: dict[str, Any]) -
             )
 
     serve(lake, settings, ready=ready)
+
+
+@app.command("worker")
+@with_settings("worker")
+def worker_command(lake: Lake, model: Model, config: Config = None, *, flags: dict[str, Any]) -> None:
+    """Compute what is asked of a lake's service, until SIGTERM: then what is in flight is finished, the rest given back."""
+    _import_service()
+    from hiddenlake.cache.service.logs import start_logging
+    from hiddenlake.cache.service.worker import work_on
+
+    settings, _ = _load(flags, config)
+    start_logging(settings.log_level)
+    work_on(lake, model, settings, ready=lambda offer: talk(f"worker of {offer.name} is ready for {lake}"))
 
 
 @app.command("settings")
