@@ -1,6 +1,7 @@
 """Plans: how a group of answers is computed, and into which capture they go."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hiddenlake.cache.errors import BadInputError
@@ -40,6 +41,15 @@ class Offer:
     @property
     def name(self) -> str:
         return self.identity["model"]
+
+    def joined(self, other: "Offer") -> "Offer":
+        """The same model with the other's sites and layers too."""
+        return replace(
+            self,
+            sites=tuple(dict.fromkeys((*self.sites, *other.sites))),
+            layers=tuple(sorted({*self.layers, *other.layers})),
+            widths=other.widths | self.widths,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,18 +113,20 @@ class Plan:
         return row * item * (len(self.positions) + tokens)
 
 
-def make_plan(offer: Offer, sites: Any, layers: Any, positions: Any, decoding: Decoding) -> Plan:
+def make_plan(
+    offer: Offer, sites: Iterable[str], layers: Iterable[int], positions: Iterable[str | int], decoding: Decoding
+) -> Plan:
     """Parse and check what a request asks for.
 
-    sites, layers : names and numbers, or None for all that are tapped.  positions : as `hiddenlake.capture` takes them.
+    positions : as `hiddenlake.capture` takes them.
 
     Raises BadInputError, UnknownNameError.
     """
-    wanted = dict.fromkeys(offer.sites if sites is None else sites)
+    wanted = dict.fromkeys(sites)
     wanted.pop(EMBED, None)  # every capture has it
     if not wanted or (missing := [site for site in wanted if site not in offer.sites]):
         raise BadInputError(f"sites {', '.join(missing) if wanted else 'none'}: there are {', '.join(offer.sites)}")
-    layers = tuple(sorted(set(offer.layers if layers is None else layers)))
+    layers = tuple(sorted(set(layers)))
     if missing := [layer for layer in layers if layer not in offer.layers]:
         raise BadInputError(f"layers {missing} are not there: there are {list(offer.layers)}")
     if not any(SITES[site].layered for site in wanted):

@@ -70,7 +70,11 @@ class Resolver:
         """What is asked for, and where it lies. Raises Problem, BadInputError, UnknownNameError."""
         offer = self.offer(request.model, caller)
         decoding = Decoding(0) if request.generation is None else request.generation.decoding()
-        plan = make_plan(offer, request.sites, request.layers, request.positions, decoding)
+        # What is not named is what would be computed.
+        usual = self._work.offers().get(offer.id, offer)
+        sites = usual.sites if request.sites is None else request.sites
+        layers = usual.layers if request.layers is None else request.layers
+        plan = make_plan(offer, sites, layers, request.positions, decoding)
         ids = self._encode(offer, request.inputs)
         samples = 1 if request.generation is None else request.generation.samples
         self._check(plan, ids, samples)
