@@ -162,7 +162,7 @@ class _Plan:
         snapshot = self.snapshot
         place, position = np.full(wanted.shape, -1), np.full(wanted.shape, -1)
         if snapshot.coverage.positions:
-            for number, at in enumerate(index):
+            for number, at in enumerate(snapshot.cell_tokens[:, rows]):
                 position = np.where((at[:, None] == wanted) & (wanted >= 0), number, position)
         if snapshot.coverage.tokens is not None:
             for i, row in enumerate(rows.tolist()):
