@@ -39,9 +39,7 @@ TENANT = "them"
 
 
 def consistent_cells(i: int, c: Any) -> dict[str, np.ndarray]:
-    """A sample's cells as a model gives them: each is the row of its token, where tokens are stored too."""
-    if not c.tokens:
-        return _cells(i, c)
+    """A sample's cells as a model gives them: each is the row of its token, wherever else that is stored."""
     index = np.array(small.sample(i, c.positions).token_index, np.int64)
     found = {}
     for site, rows in small.tokens(i, c).items():
@@ -50,9 +48,6 @@ def consistent_cells(i: int, c: Any) -> dict[str, np.ndarray]:
         found[site] = values
     assert all(SITES[site].layered == (values.ndim == 3) for site, values in found.items())
     return found
-
-
-_cells = small.cells
 
 
 def write_capture(folder: Path, kind: str, dtype: str, codec: str, samples: int = SAMPLES, **identity: Any) -> None:
