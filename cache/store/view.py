@@ -212,9 +212,12 @@ def _values(column: "pyarrow.ChunkedArray") -> np.ndarray:
     import pyarrow as pa
 
     if pa.types.is_list(column.type):
-        if pa.types.is_string(column.type.value_type):
-            return _objects([tuple(value) for value in column.to_pylist()])
-        return _objects(_sequences(column))
+        kind = column.type.value_type
+        whole = not column.null_count and not any(chunk.flatten().null_count for chunk in column.chunks)
+        if whole and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            return _objects(_sequences(column))
+        # A label may hold anything.
+        return _objects([None if value is None else tuple(value) for value in column.to_pylist()])
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return _objects(column.to_pylist())
     return column.to_numpy()
