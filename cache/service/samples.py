@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hiddenlake.cache.errors import UnknownNameError
 from hiddenlake.cache.positions import ABSENT, POOLED
+from hiddenlake.cache.service.problems import Problem
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.cache.store.snapshot import Snapshot, samples_of
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # Texts of so many captures, as of one moment each, stay in memory.
 _HELD = 4
+
+# Columns of samples that can be filtered by, as labels can.
+_LABELS = ("correct", "exact_answer_valid", "group", "finish_reason", "status", "sample_index", "index")
 
 # Where a sample lies is the store's business.
 _INNER = ("slot", "checksum")
@@ -34,7 +37,7 @@ class Filter:
 
 
 def find_samples(capture: Capture, chosen: Filter, offset: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
-    """(how many there are, those from `offset` on), in task order. Raises UnknownNameError for a label that is not there."""
+    """(how many there are, those from `offset` on), in task order. Raises Problem (409) for a label that is not there."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -50,9 +53,7 @@ def find_samples(capture: Capture, chosen: Filter, offset: int, limit: int) -> t
         within = [pc.match_substring(table[name], chosen.text, ignore_case=True) for name in ("prompt", "answer")]
         keep &= pc.or_(*within).to_numpy(zero_copy_only=False)
     if chosen.label is not None:
-        keep &= np.array(
-            [_text(value) == chosen.value for value in _column(capture, table, labels, chosen.label)], bool
-        )
+        keep &= np.array([_text(value) == chosen.value for value in _column(table, labels, chosen.label)], bool)
     rows = np.flatnonzero(keep)
     page = table.take(pa.array(rows[offset : offset + limit], pa.int64())).drop_columns(_INNER).to_pylist()
     for sample, row in zip(page, rows[offset : offset + limit].tolist(), strict=True):
@@ -119,12 +120,15 @@ def _table(snapshot: Snapshot) -> "pyarrow.Table":
     return samples_of(snapshot)
 
 
-def _column(capture: Capture, table: "pyarrow.Table", labels: dict[str, Any], name: str) -> Iterator[Any]:
+def _column(table: "pyarrow.Table", labels: dict[str, Any], name: str) -> Iterator[Any]:
     if name in labels:
         return iter(labels[name])
-    if name in ("correct", "exact_answer_valid", "group", "finish_reason", "status", "sample_index", "index"):
+    if name in _LABELS:
         return iter(table[name].to_pylist())
-    raise UnknownNameError(f"{capture.path} has no label {name!r}: it has {', '.join(['correct', *sorted(labels)])}")
+    raise Problem(
+        409, "not_captured", "this capture has no label of that name", "filter by one that is there",
+        there={"labels": [*_LABELS, *sorted(labels)]},
+    )  # fmt: skip
 
 
 def _text(value: Any) -> str:
@@ -135,9 +139,15 @@ def _text(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: what is not a number is null."""
-    if isinstance(value, np.generic):
-        value = value.item()
+    """As JSON has it, whatever a user's label holds: what is not a number is null, bytes are hex digits."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, bytes):
+        return value.hex()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
