@@ -1,18 +1,26 @@
 """Routes about captures and their samples."""
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, Field
 
 from hiddenlake.cache.errors import HiddenlakeError
 from hiddenlake.cache.service.app import By, With, need, problems
-from hiddenlake.cache.service.lake import snapshot_id
 from hiddenlake.cache.service.problems import Problem, no_such, problem_of
 from hiddenlake.cache.service.samples import Filter, find_samples, find_tokens, sample_row
+from hiddenlake.cache.service.tables import label_parquet, sample_parquet
 from hiddenlake.cache.store.catalog import describe, facts
 
 router = APIRouter(tags=["captures"], dependencies=[need("read")])
+
+_PARQUET = "application/vnd.apache.parquet"
+_PARQUET_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"content": {_PARQUET: {"schema": {"type": "string", "format": "binary"}}}}
+}
 
 
 class CaptureEntry(BaseModel):
@@ -69,7 +77,7 @@ def list_captures(parts: With, caller: By) -> CaptureList:
 @router.get("/v1/captures/{name}", summary="All that is known of one capture", responses=problems(404, 500, 503))
 def get_capture(name: str, parts: With, caller: By) -> dict[str, Any]:
     capture = parts.lake.capture(name, caller)
-    found = describe(capture) | {"snapshot": snapshot_id(capture.snapshot), "labels": sorted(capture.labels())}
+    found = describe(capture) | {"snapshot": capture.snapshot.name, "labels": sorted(capture.labels())}
     del found["path"]
     return found
 
@@ -103,6 +111,42 @@ def list_samples(
     capture = parts.lake.capture(name, caller)
     total, rows = find_samples(capture, Filter(label, value, text, None if key is None else tuple(key)), offset, limit)
     return Page(total=total, offset=offset, samples=rows)
+
+
+@router.get(
+    "/v1/captures/{name}/samples.parquet",
+    summary="All samples, as Parquet",
+    response_class=Response,
+    responses=_PARQUET_CONTENT | problems(404, 500, 503),
+)
+def get_sample_table(
+    name: str,
+    parts: With,
+    caller: By,
+    columns: Annotated[list[str] | None, Query(max_length=100, description="Only these; all by default.")] = None,
+) -> Response:
+    """In task order, streamed. What the capture is lies in the file's metadata, as JSON, under `hiddenlake`."""
+    limits = {"read": int(parts.settings.max_read), "body": int(parts.settings.max_body)}
+    return _stream(sample_parquet(parts.lake.capture(name, caller).snapshot, columns, limits))
+
+
+@router.get(
+    "/v1/captures/{name}/labels/{label}",
+    summary="Labels that were added, as Parquet",
+    response_class=Response,
+    responses=_PARQUET_CONTENT | problems(404, 500, 503),
+)
+def get_labels(name: str, label: str, parts: With, caller: By) -> Response:
+    """A column `key`, and values. `GET /v1/captures/{name}` names them."""
+    found = parts.lake.capture(name, caller).labels()
+    if label not in found:
+        raise no_such("label", f"GET /v1/captures/{name} names them")
+    return _stream(label_parquet(found[label]))
+
+
+def _stream(parts: Iterator[bytes]) -> Response:
+    """The first part is made before the answer begins, so that what is wrong there is said in words."""
+    return StreamingResponse(chain([next(parts)], parts), media_type=_PARQUET)
 
 
 @router.get("/v1/captures/{name}/samples/{key}", summary="One sample", responses=problems(404, 500, 503))

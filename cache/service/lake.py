@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hiddenlake.cache.errors import HiddenlakeError, StoreError
-from hiddenlake.cache.identity import digest
 from hiddenlake.cache.service.keys import Caller
 from hiddenlake.cache.service.problems import Problem, no_such
 from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.catalog import captures_of
 from hiddenlake.cache.store.reader import Capture
-from hiddenlake.cache.store.snapshot import Snapshot
 
 # A name that a client gives is looked up, never joined to a path. This is what it may look like at all.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -133,8 +131,3 @@ def _visible(capture: Capture, caller: Caller) -> bool:
 def _sees_damage(caller: Caller) -> bool:
     """Nobody can tell whose a capture is that cannot be opened."""
     return caller.may("admin") or caller.tenant is None
-
-
-def snapshot_id(snapshot: Snapshot) -> str:
-    """Names what a capture holds at this moment: the same samples in the same order, of the same bytes."""
-    return digest([[commit.shard, commit.writer, commit.fencing] for commit in snapshot.commits.values()])

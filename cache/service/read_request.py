@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hiddenlake.cache.service import wire
 from hiddenlake.cache.service.problems import Problem
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.coverage import EMBED
@@ -32,14 +33,19 @@ class ReadRequest(BaseModel):
     positions: tuple[str | _Number, ...] | None = Field(
         None, description="Named or numbered positions; all by default.", max_length=4096, examples=[["last_q", -1]]
     )
-    tokens: Literal["all"] | tuple[_Number, ...] | None = Field(
+    tokens: Literal["all"] | tuple[_Number, ...] | tuple[tuple[_Number, ...], ...] | None = Field(
         None,
-        description="Instead of positions: indices into each sample's prompt and answer, negative ones from the end; or "
-        "`all` that are stored token by token.",
-        max_length=65536,
+        description="Instead of positions: indices into each sample's prompt and answer, negative ones from the end; a list "
+        "of such lists, one for each sample; or `all` that are stored token by token.",
+        max_length=wire.MOST_NAMES,
     )
     samples: tuple[str | _Number, ...] | None = Field(
         None, description="Keys, or rows in task order; all by default.", max_length=1_000_000
+    )
+    snapshot: str | None = Field(
+        None,
+        description="Of the moment by which rows are numbered, and of which all samples are meant: 409 at any other.",
+        max_length=64,
     )
     dtype: Literal["stored", "float32"] = Field("stored", description="As stored, or widened exactly.")
     format: Literal["safetensors", "raw"] = Field(

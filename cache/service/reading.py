@@ -4,17 +4,19 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
 from hiddenlake.cache.exchange.tensor_file import header
 from hiddenlake.cache.exchange.values import NAMES
-from hiddenlake.cache.service.lake import snapshot_id
+from hiddenlake.cache.service import wire
 from hiddenlake.cache.service.problems import Problem
 from hiddenlake.cache.service.read_request import ReadRequest, check_size, missing, not_captured
 from hiddenlake.cache.sites import SITES
+from hiddenlake.cache.store.blocks import blocks
+from hiddenlake.cache.store.coverage import DTYPES
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.cache.store.snapshot import Snapshot, samples_of
 
@@ -32,6 +34,8 @@ class Reading:
     head : bytes in front of the values.
     shape, dtype : of the values, C order, little-endian.
     nbytes : of the whole answer.
+    snapshot : names the moment of the capture that it is of.
+    commits : names the commits that hold the samples, where these were named.
     blocks : gives the values' bytes in their order, each block read and checked when it is asked for.
     """
 
@@ -40,6 +44,7 @@ class Reading:
     dtype: str
     nbytes: int
     snapshot: str
+    commits: str | None
     blocks: Callable[[], Iterator[memoryview]]
 
 
@@ -47,14 +52,20 @@ def plan_reading(capture: Capture, request: ReadRequest, most_bytes: int) -> Rea
     """What a request will be answered with.
 
     Values are (layer, position, sample, width), or (layer, sample, token, width) for token indices, or (layer, token,
-    width) for all tokens; without layer for a site that has none. As safetensors they are `activations`, beside
-    `token_index`: (position, sample), (sample, token) or (token,), with `offsets`, (sample + 1,), for all tokens.
+    width) for all tokens, and for indices of each sample; without layer for a site that has none. As safetensors they are `activations`, beside
+    `token_index`: (position, sample), (sample, token) or (token,), with `offsets`, (sample + 1,), where values are (layer, token, width).
 
-    Raises Problem: 413 for more than most_bytes, before memory is taken; 409 for what was not captured.
+    Raises Problem: 413 for more than most_bytes, before memory is taken; 409 for what was not captured, and for rows of another
+    snapshot.
     """
     snapshot = capture.snapshot
     if request.tokens is not None and request.positions is not None:
         raise Problem(422, "bad_input", "both `positions` and `tokens` are asked for", "name one of them")
+    if request.snapshot not in (None, snapshot.name):
+        raise Problem(
+            409, wire.OTHER_SNAPSHOT, "the capture holds other samples than at the moment that this request is of",
+            "ask for samples by their keys, or read the list of samples again", there={"snapshot": snapshot.name},
+        )  # fmt: skip
     if what := missing(request, snapshot):
         raise not_captured(snapshot, what)
     plan = _Plan(capture, snapshot, request)
@@ -83,15 +94,15 @@ class _Plan:
         check_size(shape, _ITEM_BYTES[self.dtype], 4 * len(chosen) * len(rows), len(rows), most_bytes)
         row_bytes = self.width * _ITEM_BYTES[self.dtype]
 
-        def blocks() -> Iterator[memoryview]:
-            for outer, part in _blocks([*layers, chosen], rows, row_bytes):
+        def parts() -> Iterator[memoryview]:
+            for outer, part in blocks([*layers, chosen], rows, row_bytes, BLOCK_BYTES):
                 yield _bytes(snapshot.read_cells(request.site, outer, part, request.dtype, request.check))
 
         def tensors() -> dict[str, np.ndarray]:
             return {"token_index": snapshot.cell_tokens[np.ix_(chosen, rows)]}
 
         names = [snapshot.coverage.positions[i] for i in chosen]
-        return self._reading(shape, blocks, tensors, {"positions": names}, layers, rows)
+        return self._reading(shape, parts, tensors, {"positions": names}, layers, rows)
 
     def all_tokens(self, most_bytes: int) -> Reading:
         request, snapshot = self.request, self.snapshot
@@ -106,8 +117,8 @@ class _Plan:
         )
         row_bytes = self.width * _ITEM_BYTES[self.dtype]
 
-        def blocks() -> Iterator[memoryview]:
-            for outer, part in _blocks(layers, places, row_bytes):
+        def parts() -> Iterator[memoryview]:
+            for outer, part in blocks(layers, places, row_bytes, BLOCK_BYTES):
                 yield _bytes(snapshot.read_tokens(request.site, outer, part, request.dtype, request.check))
 
         def tensors() -> dict[str, np.ndarray]:
@@ -116,38 +127,52 @@ class _Plan:
                 "token_index": snapshot.token_index[places],
             }
 
-        return self._reading(shape, blocks, tensors, {"tokens": "all"}, layers, rows)
+        return self._reading(shape, parts, tensors, {"tokens": "all"}, layers, rows)
 
-    def some_tokens(self, tokens: Sequence[int], most_bytes: int) -> Reading:
+    def some_tokens(self, tokens: Sequence[Any], most_bytes: int) -> Reading:
         """Each token of each sample, from wherever it is stored: as a position, or token by token."""
         snapshot = self.snapshot
         layers, rows = self._token_axes()
-        shape = (*map(len, layers), len(rows), len(tokens), self.width)
-        check_size(shape, _ITEM_BYTES[self.dtype], 4 * len(rows) * len(tokens), len(rows), most_bytes)
-        table = samples_of(snapshot, ["total_length"])
-        total = table["total_length"].to_numpy()[rows]
-        wanted = np.array(tokens, np.int64)[None, :] + np.where(np.array(tokens) < 0, 1, 0)[None, :] * total[:, None]
-        place, position = self._where(rows, wanted)
-        missing = (place < 0) & (position < 0)
-        if missing.any():
-            first = int(np.flatnonzero(missing.any(axis=1))[0])
+        ragged = bool(tokens) and isinstance(tokens[0], tuple)
+        if ragged and len(tokens) != len(rows):
+            raise Problem(
+                422, "bad_input", f"there are {len(tokens)} lists of tokens for {len(rows)} samples",
+                "give a list for each sample, or one for all",
+            )  # fmt: skip
+        counts = np.array([len(some) for some in tokens] if ragged else [len(tokens)] * len(rows), np.int64)
+        axes = (int(counts.sum()),) if ragged else (len(rows), len(tokens))
+        shape = (*map(len, layers), *axes, self.width)
+        check_size(
+            shape, _ITEM_BYTES[self.dtype], 4 * math.prod(axes) + 8 * len(rows) * ragged, len(rows), most_bytes
+        )  # fmt: skip
+        # One pair of sample and token behind the other.
+        sample = np.repeat(np.arange(len(rows)), counts)
+        owner = rows[sample]
+        index = np.array(list(chain.from_iterable(tokens)), np.int64) if ragged else np.tile(tokens, len(rows))
+        index = index.astype(np.int64)
+        total = samples_of(snapshot, ["total_length"])["total_length"].to_numpy()
+        index = np.where(index < 0, index + total[owner], index)
+        place, position = self._where(owner, index)
+        lacking = (place < 0) & (position < 0)
+        if lacking.any():
+            first = sample[np.argmax(lacking)]
             raise not_captured(
                 snapshot,
-                f"sample {snapshot.keys[rows[first]]}: {int(missing[first].sum())} of the {len(tokens)} tokens that were asked "
-                f"for were not captured",
-                total_length=int(total[first]), token_index=self._stored(rows[first]),
+                f"sample {snapshot.keys[rows[first]]}: {int(lacking[sample == first].sum())} of the {counts[first]} tokens "
+                f"that were asked for were not captured",
+                total_length=int(total[rows[first]]), token_index=self._stored(rows[first]),
             )  # fmt: skip
         row_bytes = self.width * _ITEM_BYTES[self.dtype]
 
-        def blocks() -> Iterator[memoryview]:
-            at_once = np.arange(len(rows))
-            for outer, part in _blocks(layers, at_once, row_bytes * len(tokens)):
-                yield _bytes(self._gather(outer, rows[part], place[part], position[part]))
+        def parts() -> Iterator[memoryview]:
+            for outer, part in blocks(layers, np.arange(len(owner)), row_bytes, BLOCK_BYTES):
+                yield _bytes(self._gather(outer, owner[part], place[part], position[part]))
 
         def tensors() -> dict[str, np.ndarray]:
-            return {"token_index": wanted.astype(np.int32)}
+            found = {"token_index": index.astype(np.int32).reshape(axes)}
+            return found | {"offsets": np.cumsum([0, *counts], dtype=np.int64)} if ragged else found
 
-        return self._reading(shape, blocks, tensors, {"tokens": list(tokens)}, layers, rows)
+        return self._reading(shape, parts, tensors, {"tokens": tokens}, layers, rows)
 
     def _token_axes(self) -> tuple[list[list[int]], np.ndarray]:
         """(indices along the layer axis, or nothing; rows), whether the capture has positions, tokens or both."""
@@ -157,24 +182,17 @@ class _Plan:
         layers, _ = self.capture.layer_axis(self.snapshot, request.site, self.layers, request.dtype)
         return layers, rows
 
-    def _where(self, rows: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(sample, token) row among all tokens, and number of a position, that hold each; -1 where none does."""
+    def _where(self, rows: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(pair,) row among all tokens, and number of a position, that hold each (sample, token); -1 where none does."""
         snapshot = self.snapshot
-        place, position = np.full(wanted.shape, -1), np.full(wanted.shape, -1)
+        place, position = np.full(index.shape, -1), np.full(index.shape, -1)
         if snapshot.coverage.positions:
-            for number, at in enumerate(snapshot.cell_tokens[:, rows]):
-                position = np.where((at[:, None] == wanted) & (wanted >= 0), number, position)
-        if snapshot.coverage.tokens is not None:
-            for i, row in enumerate(rows.tolist()):
-                start = int(snapshot.token_offsets[row])
-                stored = snapshot.token_index[start : start + int(snapshot.token_length[row])]
-                at = np.searchsorted(stored, wanted[i])
-                found = (
-                    (at < len(stored)) & (stored[np.minimum(at, len(stored) - 1)] == wanted[i])
-                    if len(stored)
-                    else False
-                )
-                place[i] = np.where(found, start + at, -1)
+            for number, at in enumerate(snapshot.cell_tokens):
+                position = np.where((at[rows] == index) & (index >= 0), number, position)
+        if (tokens := snapshot.coverage.tokens) is not None:
+            number, rest = np.divmod(index - snapshot.token_first[rows], tokens.every)
+            there = (rest == 0) & (number >= 0) & (number < snapshot.token_length[rows])
+            place = np.where(there, snapshot.token_offsets[rows] + number, -1)
         return place, position
 
     def _stored(self, row: int) -> list[int]:
@@ -189,28 +207,28 @@ class _Plan:
         return list(islice(sorted(found), 1000))
 
     def _gather(self, outer: list[np.ndarray], rows: np.ndarray, place: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """(layer, sample, token, width) of a block."""
+        """(layer, pair, width) of a block of (sample, token) pairs."""
         request, snapshot = self.request, self.snapshot
-        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         by_token = place >= 0
+        if len(rows) and by_token.all():
+            return snapshot.read_tokens(request.site, outer, place, request.dtype, request.check)
+        kind = np.float32 if request.dtype == "float32" else DTYPES[snapshot.coverage.dtype][1]
+        result = np.empty((*map(len, outer), len(rows), self.width), kind)
         if by_token.any():
-            values = snapshot.read_tokens(request.site, outer, place[by_token], request.dtype, request.check)
-            parts.append((*np.nonzero(by_token), values))
-        for number in np.unique(position[~by_token]).tolist():
-            sample, token = np.nonzero(~by_token & (position == number))
-            values = snapshot.read_cells(
-                request.site, [*outer, [number]], rows[sample], request.dtype, request.check, single=True
+            result[..., by_token, :] = snapshot.read_tokens(
+                request.site, outer, place[by_token], request.dtype, request.check
             )
-            parts.append((sample, token, values[..., 0, :, :]))
-        result = np.empty((*map(len, outer), *place.shape, self.width), parts[0][2].dtype) if parts else np.empty(0)
-        for sample, token, values in parts:
-            result[..., sample, token, :] = values
+        for number in np.unique(position[~by_token]).tolist():
+            at = np.flatnonzero(~by_token & (position == number))
+            result[..., at, :] = snapshot.read_cells(
+                request.site, [*outer, [number]], rows[at], request.dtype, request.check, single=True
+            )[..., 0, :, :]
         return result
 
     def _reading(
         self,
         shape: tuple[int, ...],
-        blocks: Callable[[], Iterator[memoryview]],
+        parts: Callable[[], Iterator[memoryview]],
         tensors: Callable[[], dict[str, np.ndarray]],
         facts: dict[str, Any],
         layers: list[list[int]],
@@ -218,14 +236,13 @@ class _Plan:
     ) -> Reading:
         request, snapshot = self.request, self.snapshot
         values = math.prod(shape) * _ITEM_BYTES[self.dtype]
-        named = snapshot_id(snapshot)
         head = b""
         if request.format == "safetensors":
             extra = {name: np.ascontiguousarray(array) for name, array in tensors().items()}
             kinds = {name: ({"i4": "I32", "i8": "I64"}[a.dtype.str[1:]], a.shape) for name, a in extra.items()}
             facts = facts | {
                 "capture": request.capture,
-                "snapshot": named,
+                "snapshot": snapshot.name,
                 "site": request.site,
                 "layers": [snapshot.coverage.layers[i] for axis in layers for i in axis],
                 "samples": snapshot.keys[rows].tolist(),
@@ -234,28 +251,8 @@ class _Plan:
             # Values last: they are what is streamed.
             head = header(kinds | {"activations": (_FORMAT_NAME[self.dtype], shape)}, metadata)
             head += b"".join(array.tobytes() for array in extra.values())
-        return Reading(head, shape, self.dtype, len(head) + values, named, blocks)
-
-
-def _blocks(
-    outer: Sequence[Sequence[int]], rows: np.ndarray, row_bytes: int
-) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-    """Parts of a C-ordered block (*outer, row), one behind the other, none of more than BLOCK_BYTES but for one row."""
-    if not outer:
-        step = max(1, BLOCK_BYTES // max(1, row_bytes))
-        for start in range(0, len(rows), step):
-            yield [], rows[start : start + step]
-        return
-    first, *rest = [np.asarray(axis, np.int64) for axis in outer]
-    inner = row_bytes * len(rows) * int(np.prod([len(axis) for axis in rest], dtype=np.int64))
-    if inner <= BLOCK_BYTES:
-        step = max(1, BLOCK_BYTES // max(1, inner))
-        for start in range(0, len(first), step):
-            yield [first[start : start + step], *rest], rows
-        return
-    for index in first:
-        for others, part in _blocks(rest, rows, row_bytes):
-            yield [np.array([index]), *others], part
+        commits = None if request.samples is None else snapshot.commits_name(rows)
+        return Reading(head, shape, self.dtype, len(head) + values, snapshot.name, commits, parts)
 
 
 def _bytes(values: np.ndarray) -> memoryview:

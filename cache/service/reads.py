@@ -8,6 +8,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query
 from fastapi.responses import Response, StreamingResponse
 
+from hiddenlake.cache.service import wire
 from hiddenlake.cache.service.app import By, Parts, With, need, problems
 from hiddenlake.cache.service.keys import Caller
 from hiddenlake.cache.service.read_request import ReadRequest
@@ -31,7 +32,8 @@ async def read(request: ReadRequest, parts: With, caller: By) -> Response:
     """Streamed, C order. Every block is checked before it is sent; damage ends the connection, never the check.
 
     As safetensors: `activations` (layer, position, sample, width), `token_index` (position, sample), and, as metadata, the
-    names along the axes. As raw bytes: the values alone, and `X-Hiddenlake-Shape` and `-Dtype`.
+    names along the axes. As raw bytes: the values alone, and `X-Hiddenlake-Shape` and `-Dtype`. `X-Hiddenlake-Snapshot`
+    names the moment that samples were numbered at, and `-Commits` those that hold samples which were named.
     """
     return await _answer(request, parts, caller)
 
@@ -65,10 +67,12 @@ async def _answer(request: ReadRequest, parts: Parts, caller: Caller) -> Respons
     reading, blocks, first = await run_sync(_begin, request, parts, caller)
     headers = {
         "Content-Length": str(reading.nbytes),
-        "X-Hiddenlake-Shape": ",".join(map(str, reading.shape)),
-        "X-Hiddenlake-Dtype": reading.dtype,
-        "X-Hiddenlake-Snapshot": reading.snapshot,
+        wire.SHAPE: ",".join(map(str, reading.shape)),
+        wire.DTYPE: reading.dtype,
+        wire.SNAPSHOT: reading.snapshot,
     }
+    if reading.commits is not None:
+        headers[wire.COMMITS] = reading.commits
 
     async def body() -> AsyncIterator[bytes | memoryview]:
         if reading.head:

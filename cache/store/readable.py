@@ -186,6 +186,20 @@ class Readable:
         not those that were committed.
         """
         snapshot = self.snapshot
+        layers, one_layer, rows, offsets = self.token_axes(site, layer, samples, tokens, dtype, snapshot)
+        block = snapshot.read_tokens(site, layers, rows, dtype, check)
+        return TokenRows(
+            block[tuple(0 if one else slice(None) for one in one_layer)], offsets, snapshot.token_index[rows]
+        )
+
+    def token_axes(
+        self, site: str, layer: Any, samples: Any, tokens: slice | None, dtype: Dtype, snapshot: Moment
+    ) -> tuple[list[list[int]], list[bool], np.ndarray, np.ndarray]:
+        """What `read_tokens` is asked for, as numbers along the axes of a snapshot.
+
+        Returns (indices along the layer axis, or nothing; whether that axis goes; (token,) rows among all tokens;
+        TokenRows.offsets). Raises UnknownNameError.
+        """
         c = snapshot.coverage
         if c.tokens is None:
             raise UnknownNameError(f"{self.path} has no tokens, only positions ({', '.join(c.positions)}): use `read`")
@@ -196,12 +210,8 @@ class Readable:
         numbers = [np.arange(r.start, r.stop, r.step) for r in ranges]
         starts = snapshot.token_offsets[chosen]
         rows = [start + found for start, found in zip(starts.tolist(), numbers, strict=True)]
-        rows = np.concatenate([np.empty(0, np.int64), *rows])
-        block = snapshot.read_tokens(site, layers, rows, dtype, check)
         offsets = np.cumsum([0, *map(len, numbers)], dtype=np.int64)
-        return TokenRows(
-            block[tuple(0 if one else slice(None) for one in one_layer)], offsets, snapshot.token_index[rows]
-        )
+        return layers, one_layer, np.concatenate([np.empty(0, np.int64), *rows]), offsets
 
     def layer_axis(self, snapshot: Moment, site: str, layer: Any, dtype: Dtype) -> tuple[list[list[int]], list[bool]]:
         """(indices along the layer axis, whether that axis goes), or nothing for a site without layers."""

@@ -90,6 +90,20 @@ class Snapshot(Moment):
         return samples_of(self, columns)
 
     @cached_property
+    def name(self) -> str:
+        """Names what is there: the same samples in the same order, of the same bytes."""
+        return digest([[commit.shard, commit.writer, commit.fencing] for commit in self.commits.values()])
+
+    def commit_name(self, shard: int) -> str:
+        """Names what a shard holds: a writer's id is its own, and shards that are committed again have another fencing."""
+        commit = self.commits[shard]
+        return f"{shard}-{commit.writer}-{commit.fencing}"
+
+    def commits_name(self, rows: np.ndarray) -> str:
+        """Names the commits that hold some samples; see `commits_name`."""
+        return commits_name(map(self.commit_name, np.unique(self.shard[rows]).tolist()))
+
+    @cached_property
     def token_places(self) -> np.ndarray:
         """(token,) place on the token axis of each committed token in task order."""
         shift = np.repeat(self.token_start - self.token_offsets[:-1], self.token_length)
@@ -282,8 +296,15 @@ class Snapshot(Moment):
             )
 
 
-def samples_of(snapshot: Snapshot, columns: Sequence[str] = SAMPLE_COLUMNS) -> "pyarrow.Table":
-    """Rows of samples/ in task order."""
+def commits_name(names: Iterable[str]) -> str:
+    """One name for several commits, each given once or more, in any order."""
+    return digest(sorted(set(names)))
+
+
+def samples_of(
+    snapshot: Snapshot, columns: Sequence[str] = SAMPLE_COLUMNS, rows: np.ndarray | None = None
+) -> "pyarrow.Table":
+    """Rows of samples/ in task order. rows : only these; other shards than theirs are not read."""
     import pyarrow as pa
 
     columns = list(columns) if "slot" in columns else ["slot", *columns]
@@ -292,6 +313,9 @@ def samples_of(snapshot: Snapshot, columns: Sequence[str] = SAMPLE_COLUMNS) -> "
     tables, slots, shards = [schema.empty_table()], [], []
     # A commit without files was given up by a writer that was taken for dead.
     commits = [commit for commit in snapshot.commits.values() if commit.files]
+    if rows is not None:
+        needed = set(snapshot.shard[rows].tolist())
+        commits = [commit for commit in commits if commit.shard in needed]
     names = [snapshot.layout.samples_file(commit.shard) for commit in commits]
 
     def read(number: int) -> bytes:
@@ -308,9 +332,10 @@ def samples_of(snapshot: Snapshot, columns: Sequence[str] = SAMPLE_COLUMNS) -> "
             raise CorruptError(f"{snapshot.place}/{name}: {error}: {remedy(snapshot.place, [shard])}") from error
         slots += table["slot"].to_pylist()
         shards += [shard] * table.num_rows
+    chosen = slice(None) if rows is None else rows
     row_of = {(shard, slot): row for row, (shard, slot) in enumerate(zip(shards, slots, strict=True))}
     try:
-        order = [row_of[at] for at in zip(snapshot.shard.tolist(), snapshot.slot.tolist(), strict=True)]
+        order = [row_of[at] for at in zip(snapshot.shard[chosen].tolist(), snapshot.slot[chosen].tolist(), strict=True)]
     except KeyError as error:
         shard, slot = error.args[0]
         raise CorruptError(
