@@ -22,6 +22,8 @@ register_when_zarr_is_imported()
 _WHERE = {
     "attach": "hiddenlake.cache.attach",
     "taps": "hiddenlake.cache.attach",
+    "connect": "hiddenlake.cache.client.lake",
+    "connect_async": "hiddenlake.cache.client.asynchronous",
     "open_capture": "hiddenlake.cache.store.reader",
     "export_capture": "hiddenlake.cache.exchange.exporting",
     "import_source": "hiddenlake.cache.exchange.importing",
