@@ -238,7 +238,7 @@ class RemoteMoment(Moment):
     def _most_names(self) -> int:
         """Rows that one request can name, by keys and tokens, within the body that the service takes."""
         longest = max((len(json.dumps(key)) for key in self.keys), default=0)
-        return max(1, (self._limits["body"] - 4096) // (longest + 16))
+        return max(1, min(wire.MOST_NAMES, (self._limits["body"] - 4096) // (longest + 16)))
 
 
 def ask_moment(connection: Connection, capture: str) -> Steps:
