@@ -1,11 +1,13 @@
 """Settings: one table behind the flags of `serve`, `worker` and `up`, HIDDENLAKE_* variables, and a TOML file."""
 
+import json
+import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ByteSize, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from hiddenlake.cache.errors import BadInputError
 
@@ -27,12 +29,10 @@ def _size(text: str) -> ByteSize:
     return ByteSize._validate(text, None)
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """Every setting, its default and what it is for. `hiddenlake settings` prints them with their sources."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, extra="forbid", frozen=True, validate_default=True, env_ignore_empty=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = _setting(
         "127.0.0.1", _SERVE, "Address to listen at. Beyond this machine only with a key that was added."
@@ -104,36 +104,40 @@ def load_settings(
 
     Raises BadInputError, naming the setting and its source.
     """
-    flags = {name: value for name, value in (flags or {}).items() if value is not None}
-    found: dict[str, dict[str, Any]] = {"flag": flags}
-    if file is not None and not Path(file).is_file():
-        raise BadInputError(f"--config {str(file)!r}: there is no such file: name a TOML file with settings")
+    variables = {name: os.environ.get(f"{PREFIX}{name.upper()}") for name in Settings.model_fields}
+    given = {
+        "flag": {name: value for name, value in (flags or {}).items() if value is not None},
+        "variable": {name: value for name, value in variables.items() if value},
+        "file": {} if file is None else _read(file),
+    }
+    sources = {name: next((s for s in given if name in given[s]), "default") for name in Settings.model_fields}
+    # A name that is no setting can only be in the file.
+    chosen = {name: given[sources.get(name, "file")][name] for values in given.values() for name in values}
 
-    class Loaded(Settings):
-        @classmethod
-        def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], init_settings: Any, env_settings: Any, **_: Any
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            sources = {"variable": env_settings}
-            if file is not None:
-                sources["file"] = TomlConfigSettingsSource(settings_cls, Path(file))
-            found.update({name: source() for name, source in sources.items()})
-            return init_settings, *sources.values()
+    def bad(name: str, what: str) -> BadInputError:
+        where = {"flag": f"--{name.replace('_', '-')}", "variable": f"{PREFIX}{name.upper()}"}
+        place = where.get(sources.get(name, "file"), f"{file}: {name}")
+        return BadInputError(f"{place}: {what}; `hiddenlake settings` lists all settings")
 
+    for name, value in chosen.items():
+        if isinstance(value, bool):  # pydantic would take it for a number
+            raise bad(name, "a number or a text is expected")
+        if name == "engine_options" and isinstance(value, str):
+            try:
+                chosen[name] = json.loads(value)
+            except ValueError as error:
+                raise bad(name, f"not JSON ({error})") from error
     try:
-        settings = Loaded(**flags)
+        return Settings(**chosen), sources
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else "?"
-        source = next((source for source, values in found.items() if name in values), "file")
-        what = {"flag": f"--{name.replace('_', '-')}", "variable": f"{PREFIX}{name.upper()}"}.get(
-            source, f"{file}: {name}"
-        )
-        raise BadInputError(f"{what}: {first['msg']}; `hiddenlake settings` lists all settings") from error
-    except ValueError as error:  # a file that is no TOML, a variable that is no JSON
-        raise BadInputError(f"the settings cannot be read: {error}") from error
-    sources = {
-        name: next((source for source in SOURCES if name in found.get(source, ())), "default")
-        for name in Settings.model_fields
-    }
-    return settings, sources
+        raise bad(str(first["loc"][0]), first["msg"]) from error
+
+
+def _read(file: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(file).read_text())
+    except OSError as error:
+        raise BadInputError(f"--config {str(file)!r}: {error.strerror}: name a TOML file with settings") from error
+    except ValueError as error:
+        raise BadInputError(f"{file}: not TOML ({error}): settings are lines like `port = 8765`") from error

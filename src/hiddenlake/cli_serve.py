@@ -67,11 +67,6 @@ def _shown(value: Any) -> str:
 def _load(flags: dict[str, Any], config: Path | None) -> Any:
     from hiddenlake.cache.service.settings import load_settings
 
-    if isinstance(options := flags.get("engine_options"), str):
-        try:
-            flags = flags | {"engine_options": json.loads(options)}
-        except ValueError as error:
-            raise BadInputError(f"--engine-options {options!r} is not JSON: {error}") from error
     return load_settings(flags, config)
 
 
@@ -79,7 +74,6 @@ def _import_service() -> None:
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
-        import pydantic_settings  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise BadInputError(f"the service cannot be imported ({error}): pip install 'hiddenlake[serve]'") from error
