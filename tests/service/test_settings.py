@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from pydantic import ByteSize
 
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.service.settings import PREFIX, Settings, load_settings, of_command
