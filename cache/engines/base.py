@@ -160,6 +160,10 @@ class Engine(Protocol):
     def has_room(self, prompt: Prompt) -> bool:
         """Whether a prompt may be submitted now: rows in flight are bounded by ring_bytes."""
 
+    @property
+    def ring_used(self) -> float:
+        """Share of the memory for waiting rows that is reserved."""
+
     def submit(self, prompt: Prompt, tokens: Sequence[int] | None = None) -> None:
         """Start to generate, or to feed what is given.
 

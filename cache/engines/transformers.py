@@ -101,6 +101,10 @@ class TransformersEngine:
     def has_room(self, prompt: Prompt) -> bool:
         return len(self._queue) + len(self._rows) < self._batch
 
+    @property
+    def ring_used(self) -> float:
+        return min(1.0, (len(self._queue) + len(self._rows)) / self._batch)
+
     def submit(self, prompt: Prompt, tokens: Sequence[int] | None = None) -> None:
         self._queue.append((prompt, tokens))
 

@@ -112,6 +112,10 @@ class VllmEngine:
         fits = rows <= self._most_rows or (self._first.varying and not self._reserved)
         return len(self._reserved) < self._most_samples and fits
 
+    @property
+    def ring_used(self) -> float:
+        return min(1.0, sum(list(self._reserved.values())) / max(1, self._most_rows))
+
     def _rows(self, prompt: Prompt) -> int:
         return self.request.rows(len(prompt.token_ids), None if prompt.given is None else len(prompt.given))
 

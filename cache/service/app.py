@@ -17,6 +17,7 @@ from hiddenlake import __version__
 from hiddenlake.cache.errors import HiddenlakeError
 from hiddenlake.cache.service.database import Database
 from hiddenlake.cache.service.gate import Gate
+from hiddenlake.cache.service.holdings import Holdings
 from hiddenlake.cache.service.jobs import Jobs
 from hiddenlake.cache.service.keys import Caller, Keys
 from hiddenlake.cache.service.lake import Lake
@@ -44,6 +45,7 @@ class Parts:
     metrics: Metrics
     work: Work
     jobs: Jobs
+    holdings: Holdings
     resolver: Resolver
 
 
@@ -99,7 +101,7 @@ def make_app(
 
     routers : of other rooms, each with its scopes.  started : an asynchronous context manager around the app's life.
     """
-    from hiddenlake.cache.service import captures, computing, raw_zarr, reads
+    from hiddenlake.cache.service import administration, captures, computing, raw_zarr, reads
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -124,7 +126,7 @@ def make_app(
     )
     app.state.parts = parts
     app.include_router(_own(parts))
-    for router in (captures.router, reads.router, raw_zarr.router, computing.router, *routers):
+    for router in (captures.router, reads.router, raw_zarr.router, computing.router, administration.router, *routers):
         app.include_router(router)
     app.add_exception_handler(HiddenlakeError, _problem)
     app.add_exception_handler(RequestValidationError, _problem)

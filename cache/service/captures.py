@@ -152,7 +152,7 @@ def _stream(parts: Iterator[bytes]) -> Response:
 @router.get("/v1/captures/{name}/samples/{key}", summary="One sample", responses=problems(404, 500, 503))
 def get_sample(name: str, key: str, parts: With, caller: By) -> dict[str, Any]:
     """Its texts, token ids, log-probabilities, and which token each position means."""
-    capture = parts.lake.capture(name, caller)
+    capture = parts.lake.fresh(name, caller, key)
     found = sample_row(capture, key)
     if found is None:
         raise no_such("sample", f"GET /v1/captures/{name}/samples lists them")

@@ -31,8 +31,12 @@ CREATE TABLE models (id TEXT PRIMARY KEY, name TEXT NOT NULL, facts TEXT NOT NUL
 
 -- started: what tells a process from a later one of its number.
 CREATE TABLE workers (
-    id TEXT PRIMARY KEY, model TEXT NOT NULL, pid INTEGER NOT NULL, started TEXT NOT NULL, beat REAL NOT NULL
+    id TEXT PRIMARY KEY, model TEXT NOT NULL, pid INTEGER NOT NULL, started TEXT NOT NULL, beat REAL NOT NULL,
+    ring REAL NOT NULL DEFAULT 0
 ) STRICT;
+
+-- What all workers have done since the database was made.
+CREATE TABLE totals (name TEXT PRIMARY KEY, value REAL NOT NULL) STRICT;
 
 -- One row an answer that was asked for and was not there. ids: JSON, removed when it is there.
 -- lease, enqueued: seconds of the machine's monotonic clock since the boot that `boot` names.

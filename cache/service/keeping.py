@@ -39,3 +39,7 @@ class Keeper:
             event("leases over", logging.WARNING, answers=n)
         if n := parts.work.give_up(parts.settings.patience):
             event("given up", logging.WARNING, answers=n)
+        if parts.settings.quota is not None:
+            for name in parts.holdings.evict(parts.settings.quota):
+                parts.metrics.evictions.inc()
+                event("evicted", capture=name)

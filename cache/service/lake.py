@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hiddenlake.cache.errors import HiddenlakeError, StoreError
 from hiddenlake.cache.service.keys import Caller
-from hiddenlake.cache.service.problems import Problem, no_such
+from hiddenlake.cache.service.problems import no_such
 from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.catalog import captures_of
 from hiddenlake.cache.store.reader import Capture
@@ -24,9 +24,17 @@ _FRESH_SECONDS = 1.0
 
 @dataclass(slots=True)
 class _Opened:
+    """wanted, seen : numbers of the last look that was asked for, and of the last that was taken."""
+
     capture: Capture
     when: float
+    wanted: int = 0
+    seen: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def stale(self) -> bool:
+        return self.seen < self.wanted or time.monotonic() - self.when >= _FRESH_SECONDS
 
 
 class Lake:
@@ -42,6 +50,8 @@ class Lake:
 
     def capture(self, name: str, caller: Caller) -> Capture:
         """A capture by name, as of now. Raises Problem (404) where there is none that the caller may see, StoreError."""
+        if NAME.fullmatch(name) and name not in self._names():
+            self.refresh(name)  # it may have been made a moment ago
         if NAME.fullmatch(name) and name in self._names():
             try:
                 capture = self._open(name)
@@ -53,14 +63,11 @@ class Lake:
                     return capture
         raise no_such("capture", "GET /v1/captures lists those that there are")
 
-    def fresh(self, name: str, caller: Caller, sample: str | None = None) -> Capture:
-        """The same, looked at again if it, or a sample of it, was not there a moment ago."""
-        try:
-            capture = self.capture(name, caller)
-            if sample is None or sample in capture.snapshot.row_of:
-                return capture
-        except Problem:
-            pass
+    def fresh(self, name: str, caller: Caller, sample: str) -> Capture:
+        """The same, looked at again if a sample of it was not there a moment ago."""
+        capture = self.capture(name, caller)
+        if sample in capture.snapshot.row_of:
+            return capture
         self.refresh(name)
         return self.capture(name, caller)
 
@@ -91,7 +98,7 @@ class Lake:
         with self._lock:
             self._listed = -_FRESH_SECONDS
             if opened := self._opened.get(name):
-                opened.when = -_FRESH_SECONDS
+                opened.wanted += 1
 
     def _names(self) -> dict[str, Backend]:
         with self._lock:
@@ -111,14 +118,16 @@ class Lake:
             opened = _Opened(Capture(place), time.monotonic())
             with self._lock:
                 opened = self._opened.setdefault(name, opened)
-        if time.monotonic() - opened.when >= _FRESH_SECONDS:
+        if opened.stale:
             with opened.lock:
-                if time.monotonic() - opened.when >= _FRESH_SECONDS:
+                if opened.stale:
+                    # As of before the look, which may miss what is committed while it is taken.
+                    when, wanted = time.monotonic(), opened.wanted
                     try:
                         opened.capture.refresh()
                     except StoreError:  # removed, and perhaps made again
                         opened.capture = Capture(place)
-                    opened.when = time.monotonic()
+                    opened.when, opened.seen = when, wanted
         return opened.capture
 
 

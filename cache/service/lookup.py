@@ -61,7 +61,7 @@ class Lookup:
 
     def _usable(self, name: str, plan: Plan, caller: Caller) -> bool:
         try:
-            return covers(self._lake.fresh(name, caller).coverage, plan)
+            return covers(self._lake.capture(name, caller).coverage, plan)
         except HiddenlakeError:
             return False
 

@@ -1,6 +1,12 @@
 """Metrics: what is counted, for Prometheus. No label ever holds what a client wrote, but for the names of routes."""
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from hiddenlake.cache.service.work import Work
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -8,8 +14,9 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 class Metrics:
     """One server's."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Work) -> None:
         self.registry = CollectorRegistry()
+        self.registry.register(_Queue(work))
         own = {"registry": self.registry, "namespace": "hiddenlake"}
         self.requests = Counter(
             "requests", "Requests, by route, method and status.", ["route", "method", "status"], **own
@@ -27,3 +34,41 @@ class Metrics:
         self.misses = Counter("resolve_misses", "Answers that were asked for and were not there.", **own)
         self.evictions = Counter("evictions", "Captures that were removed to keep within the quota.", **own)
         self.logins = Counter("refused_keys", "Requests without a key that counts.", **own)
+
+
+class _Queue(Collector):
+    """What the queue and the workers say of themselves, which are other processes: asked for when somebody looks."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing, so that no database is asked at the start."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        counts, workers = self._work.counts(), self._work.workers()
+        depth = GaugeMetricFamily("hiddenlake_queue", "Answers in the queue, by state.", labels=["state"])
+        for state in ("pending", "leased", "failed"):
+            depth.add_metric([state], counts.get(state, 0))
+        yield depth
+        yield GaugeMetricFamily(
+            "hiddenlake_queue_bytes", "Activations that wait to be computed.", self._work.waiting_bytes()
+        )
+        yield GaugeMetricFamily(
+            "hiddenlake_queue_oldest_seconds", "How long the oldest answer has waited.", self._work.oldest_wait()
+        )
+        yield GaugeMetricFamily("hiddenlake_workers", "Workers that run.", len(workers))
+        for name, help in (
+            ("answers", "Answers that were computed."),
+            ("tokens", "Tokens that were computed for them."),
+            ("bytes", "Activations that were stored of them."),
+            ("wait_seconds", "Seconds that they waited for a worker, all together."),
+        ):
+            family = CounterMetricFamily(f"hiddenlake_computed_{name}", help)
+            family.add_metric([], self._work.totals().get(name, 0.0))
+            yield family
+        ring = GaugeMetricFamily("hiddenlake_ring_used", "Share of a worker's ring that is in use.", labels=["worker"])
+        for worker in workers:
+            ring.add_metric([worker["id"]], worker["ring"])
+        yield ring

@@ -12,6 +12,7 @@ from hiddenlake.cache.service import wire
 from hiddenlake.cache.service.app import By, Parts, With, need, problems
 from hiddenlake.cache.service.keys import Caller
 from hiddenlake.cache.service.read_request import ReadRequest
+from hiddenlake.cache.service.problems import Problem
 from hiddenlake.cache.service.reading import Reading, plan_reading
 
 router = APIRouter(tags=["activations"], dependencies=[need("read")])
@@ -90,7 +91,15 @@ def _begin(
 ) -> tuple[Reading, Iterator[memoryview], memoryview | None]:
     """The first block is read before the answer begins, so that what is wrong there is said in words."""
     capture = parts.lake.capture(request.capture, caller)
-    reading = plan_reading(capture, request, parts.settings.max_read)
+    parts.holdings.use(request.capture)
+    try:
+        reading = plan_reading(capture, request, parts.settings.max_read)
+    except Problem as problem:
+        if problem.kind != "not_captured":
+            raise
+        # A sample, perhaps, that was committed a moment ago.
+        parts.lake.refresh(request.capture)
+        reading = plan_reading(parts.lake.capture(request.capture, caller), request, parts.settings.max_read)
     blocks = reading.blocks()
     return reading, blocks, _next(blocks, parts)
 

@@ -9,6 +9,7 @@ from typing import Any
 from hiddenlake.cache.identity import Decoding, answer_key, digest
 from hiddenlake.cache.service.asked import Input, ResolveRequest
 from hiddenlake.cache.service.encoder import Encoder
+from hiddenlake.cache.service.holdings import Holdings
 from hiddenlake.cache.service.keys import Caller
 from hiddenlake.cache.service.lake import Lake
 from hiddenlake.cache.service.lookup import Lookup
@@ -37,8 +38,9 @@ class Answer:
 class Resolver:
     """Of one server. May be used from several threads."""
 
-    def __init__(self, settings: Settings, lake: Lake, work: Work, lookup: Lookup) -> None:
+    def __init__(self, settings: Settings, lake: Lake, work: Work, lookup: Lookup, holdings: Holdings) -> None:
         self._settings, self._lake, self._work, self._lookup = settings, lake, work, lookup
+        self._holdings = holdings
         self._encoder = Encoder()
         self._lock = Lock()
         self._ids: OrderedDict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = OrderedDict()
@@ -87,6 +89,8 @@ class Resolver:
                 fed = (given or ()) if request.generation is None else None
                 wanted.append((number, k, Wanted(answer_key(model, said, prompt, fed, seed), prompt, fed, seed, size)))
         places = self._lookup.find(list(dict.fromkeys(w.key for _, _, w in wanted)), plan, caller)
+        for name in {capture for capture, _ in places.values()}:
+            self._holdings.use(name)
         return offer, plan, [Answer(number, k, w, places.get(w.key)) for number, k, w in wanted]
 
     def _encode(self, offer: Offer, inputs: Sequence[Input]) -> list[tuple[tuple[int, ...], tuple[int, ...] | None]]:
@@ -155,6 +159,12 @@ class Resolver:
             raise Problem(
                 429, "queue_full", f"answers of {waiting} bytes wait already, at most {settings.max_queue} may",
                 "wait, and ask again", headers={"Retry-After": "5"},
+            )  # fmt: skip
+        if settings.quota is not None and (staying := self._holdings.bytes_staying()) + waiting + size > settings.quota:
+            raise Problem(
+                507, "quota", f"the answers would take {size} bytes; {staying + waiting} of {settings.quota} are taken by what "
+                f"was used just now, is pinned, or waits", "wait, or have captures unpinned or removed",
+                headers={"Retry-After": "60"},
             )  # fmt: skip
         free = self._lake.place.free_bytes()
         if free is not None and free - waiting - size < settings.min_free:

@@ -11,6 +11,7 @@ from typing import Any
 from hiddenlake.cache.errors import BadInputError, StoreError
 from hiddenlake.cache.service.app import Parts, is_loopback, make_app
 from hiddenlake.cache.service.database import Database
+from hiddenlake.cache.service.holdings import Holdings
 from hiddenlake.cache.service.jobs import Jobs
 from hiddenlake.cache.service.keeping import Keeper
 from hiddenlake.cache.service.keys import Keys
@@ -30,8 +31,9 @@ def make_parts(lake: str | Path, settings: Settings) -> Parts:
     seen = Lake(lake)
     database = Database(lake)
     work = Work(database)
-    resolver = Resolver(settings, seen, work, Lookup(database, seen))
-    return Parts(settings, seen, database, Keys(database), Metrics(), work, Jobs(database), resolver)
+    holdings = Holdings(database, seen)
+    resolver = Resolver(settings, seen, work, Lookup(database, seen), holdings)
+    return Parts(settings, seen, database, Keys(database), Metrics(work), work, Jobs(database), holdings, resolver)
 
 
 def serve(

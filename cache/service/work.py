@@ -8,8 +8,9 @@ the other's process has ended; and in the store, no key is written that a living
 import json
 import os
 import signal
+import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,17 @@ class Work:
             for row in self._database.read("SELECT state, count(*) AS n FROM work GROUP BY state")
         }
 
+    def oldest_wait(self) -> float:
+        """Seconds that the oldest answer has waited for a worker."""
+        [row] = self._database.read(
+            "SELECT min(enqueued) AS since FROM work WHERE state = 'pending' AND boot = ?", (clock.boot(),)
+        )
+        return 0.0 if row["since"] is None else max(0.0, clock.now() - row["since"])
+
+    def totals(self) -> dict[str, float]:
+        """What all workers have done: answers, tokens, bytes, wait_seconds."""
+        return {row["name"]: row["value"] for row in self._database.read("SELECT name, value FROM totals")}
+
     def offers(self, alive_within: float | None = None) -> dict[str, Offer]:
         """model_key -> what its workers can compute. alive_within : only models with a sign of life in so many seconds."""
         since = 0.0 if alive_within is None else time.time() - alive_within
@@ -107,7 +119,7 @@ class Work:
         return {offer.id: offer for offer in (Offer.from_json(json.loads(row["facts"])) for row in rows)}
 
     def workers(self) -> list[dict[str, Any]]:
-        """Of each that runs or ran: id, model, pid, seconds since its last sign of life, and what it holds."""
+        """Of each that runs: id, model, pid, seconds since its last sign of life, what it holds, share of its ring in use."""
         rows = self._database.read(
             "SELECT workers.*, (SELECT count(*) FROM work WHERE worker = workers.id AND state = 'leased') AS holds FROM workers"
         )
@@ -119,6 +131,7 @@ class Work:
                 "pid": row["pid"],
                 "silent": now - row["beat"],
                 "holds": row["holds"],
+                "ring": row["ring"],
             }
             for row in rows
             if clock.started(row["pid"]) == row["started"]
@@ -154,10 +167,10 @@ class Work:
                 (offer.id, offer.name, json.dumps(offer.to_json()), time.time()),
             )
 
-    def beat(self, worker: str, lease: float) -> None:
-        """A worker lives: its leases hold for so many seconds from now."""
+    def beat(self, worker: str, lease: float, ring: float) -> None:
+        """A worker lives: its leases hold for so many seconds from now. ring : share of its ring that is in use."""
         with self._database.write() as cursor:
-            cursor.execute("UPDATE workers SET beat = ? WHERE id = ?", (clock.now(), worker))
+            cursor.execute("UPDATE workers SET beat = ?, ring = ? WHERE id = ?", (clock.now(), ring, worker))
             cursor.execute(
                 "UPDATE models SET seen = ? WHERE id = (SELECT model FROM workers WHERE id = ?)", (time.time(), worker)
             )
@@ -191,9 +204,10 @@ class Work:
             rows = cursor.execute(
                 "UPDATE work SET state = 'leased', worker = ?, lease = ?, boot = ?, attempts = attempts + 1 WHERE number IN"
                 " (SELECT number FROM work WHERE model = ? AND plan = ? AND tenant = ? AND state = 'pending'"
-                " ORDER BY number LIMIT ?) RETURNING number, key, ids, seed, bytes, attempts",
+                " ORDER BY number LIMIT ?) RETURNING number, key, ids, seed, bytes, attempts, enqueued",
                 (worker, clock.now() + lease, clock.boot(), model, group.plan, group.tenant, most),
             ).fetchall()
+            _count(cursor, wait_seconds=sum(max(0.0, clock.now() - row["enqueued"]) for row in rows))
         found = []
         for row in sorted(rows, key=lambda row: row["number"]):
             prompt, given = json.loads(row["ids"])
@@ -204,44 +218,61 @@ class Work:
         return found
 
     def reclaim(self, attempts: int) -> int:
-        """Make pending what was held by workers whose lease is over; they are ended first. Returns how much.
+        """Make pending what was held by workers that have ended, or whose lease is over: those are ended first.
 
         attempts : what so many workers died over is failed instead.
+
+        Returns how much.
         """
-        # Whoever holds a lease and has not said so for so long is dead, or stands still and must not go on.
-        over = "state = 'leased' AND (lease < ? OR boot != ?)"
-        values = (clock.now(), clock.boot())
-        query = f"SELECT DISTINCT worker, pid, started FROM work LEFT JOIN workers ON workers.id = worker WHERE {over}"
-        gone = [row["worker"] for row in self._database.read(query, values) if _end(row["pid"], row["started"])]
+        rows = self._database.read(
+            "SELECT worker, pid, started, min(lease) AS lease, min(work.boot) AS boot FROM work"
+            " LEFT JOIN workers ON workers.id = worker WHERE state = 'leased' GROUP BY worker"
+        )
+        gone = []
+        for row in rows:
+            lives = row["pid"] is not None and clock.started(row["pid"]) == row["started"]
+            over = row["lease"] < clock.now() or row["boot"] != clock.boot()
+            # Who lives and has not said so for so long stands still, and must not go on.
+            if not lives or (over and _end(row["pid"], row["started"])):
+                gone.append(row["worker"])
         if not gone:
             return 0
         marks = ", ".join("?" * len(gone))
         with self._database.write() as cursor:
             cursor.execute(
-                f"UPDATE work SET state = CASE WHEN attempts >= ? THEN 'failed' ELSE 'pending' END,"
-                f" cause = CASE WHEN attempts >= ? THEN attempts || ' workers ended while they computed it' END,"
-                f" ids = CASE WHEN attempts >= ? THEN NULL ELSE ids END,"
-                f" worker = NULL, lease = NULL WHERE worker IN ({marks}) AND {over}",
-                (attempts, attempts, attempts, *gone, *values),
+                "UPDATE work SET state = CASE WHEN attempts >= ? THEN 'failed' ELSE 'pending' END,"
+                " cause = CASE WHEN attempts >= ? THEN attempts || ' workers ended while they computed it' END,"
+                " ids = CASE WHEN attempts >= ? THEN NULL ELSE ids END,"
+                f" worker = NULL, lease = NULL WHERE state = 'leased' AND worker IN ({marks})",
+                (attempts, attempts, attempts, *gone),
             )
             return cursor.rowcount
 
-    def finish(self, done: Iterable[tuple[int, str, str, str]], failed: Iterable[tuple[int, str]] = ()) -> None:
-        """Answers are committed, whoever asked for them: (number, key, capture, sample); or failed: (number, cause)."""
+    def finish(
+        self, worker: str, done: Sequence[tuple[Taken, str]], failed: Sequence[tuple[Taken, str]] = (), tokens: int = 0
+    ) -> None:
+        """Answers are committed: (work, capture), under their keys; or cannot be computed: (work, cause).
+
+        tokens : that were computed for them.
+        """
         with self._database.write() as cursor:
-            for number, key, capture, sample in done:
+            for one, capture in done:
+                key = one.wanted.key
+                # It is there, whoever holds the lease by now.
                 cursor.execute(
                     "UPDATE work SET state = 'done', ids = NULL, lease = NULL, cause = NULL, capture = ? WHERE number = ?",
-                    (capture, number),
+                    (capture, one.number),
                 )
                 cursor.execute(
-                    "INSERT OR IGNORE INTO entries (key, capture, sample) VALUES (?, ?, ?)", (key, capture, sample)
+                    "INSERT OR IGNORE INTO entries (key, capture, sample) VALUES (?, ?, ?)", (key, capture, key)
                 )
-            for number, cause in failed:
+            for one, cause in failed:
                 cursor.execute(
-                    "UPDATE work SET state = 'failed', ids = NULL, lease = NULL, cause = ? WHERE number = ? AND state = 'leased'",
-                    (cause, number),
+                    "UPDATE work SET state = 'failed', ids = NULL, lease = NULL, cause = ?"
+                    " WHERE number = ? AND state = 'leased' AND worker = ?",
+                    (cause, one.number, worker),
                 )
+            _count(cursor, answers=len(done), tokens=tokens, bytes=sum(one.wanted.bytes for one, _ in done))
 
     def give_back(self, worker: str, numbers: Sequence[int]) -> None:
         """Leases on work that cannot be done now."""
@@ -253,6 +284,13 @@ class Work:
                     f" WHERE worker = ? AND state = 'leased' AND number IN ({', '.join('?' * len(part))})",
                     (worker, *part),
                 )
+
+
+def _count(cursor: sqlite3.Cursor, **more: float) -> None:
+    cursor.executemany(
+        "INSERT INTO totals (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+        [(name, float(value)) for name, value in more.items() if value],
+    )
 
 
 def _end(pid: int | None, started: str | None) -> bool:

@@ -37,6 +37,9 @@ _TURN_SECONDS = 10.0
 # Captures that stay open for writing; each has shard buffers of its own.
 _OPEN_CAPTURES = 4
 
+# A capture is left when nothing came for it for so long.
+_LEFT_SECONDS = 30.0
+
 # Any prompt will do.
 _CANARY = "Which country is the city of Paris in?"
 
@@ -70,6 +73,7 @@ class Worker:
         self.offer = _offer(self.model, self.request, settings)
         self._engine: Engine | None = None
         self._writers: OrderedDict[str, Writer] = OrderedDict()
+        self._used: dict[str, float] = {}
 
     def run(self, ready: Callable[[], None] | None = None) -> None:
         """Until `stop` is set. ready : called once the engine has passed its canary. Raises HiddenlakeError."""
@@ -88,6 +92,7 @@ class Worker:
                 self.work.reclaim(self.settings.attempts)
                 group = self.work.oldest(self.offer.id)
                 if group is None:
+                    self._close_idle()
                     self.stop.wait(_IDLE_SECONDS)
                 else:
                     self._turn(group)
@@ -96,12 +101,12 @@ class Worker:
             beating.join()
             self.work.leave(self.id)
             for name in list(self._writers):
-                self._writers.pop(name).close()
+                self.drop_writer(name)
             self._engine.close()
 
     def _beat(self) -> None:
         while not self._ended.wait(self.settings.lease / 4):
-            self.work.beat(self.id, self.settings.lease)
+            self.work.beat(self.id, self.settings.lease, self._engine.ring_used)
 
     def _turn(self, group: Group) -> None:
         """Work on one group until there is no more of it, or it must give way."""
@@ -117,17 +122,17 @@ class Worker:
         event("group failed", worker=self.id, plan=group.plan, kind=type(error).__name__)
         taken = self.work.take(self.id, self.offer.id, group, 1 << 30, self.settings.lease)
         cause = str(error).replace(f"{self.lake}/", "")
-        self.work.finish((), [(one.number, cause) for one in taken])
+        self.work.finish(self.id, (), [(one, cause) for one in taken])
 
     def writer(self, group: Group, plan: Plan) -> tuple[str, Writer]:
         """(name, writer) of the capture that a group's answers go into. Raises StoreError, IdentityError."""
         name = plan.capture(self.offer, group.tenant)
+        self._used[name] = time.monotonic()
         if name in self._writers:
             self._writers.move_to_end(name)
             return name, self._writers[name]
         while len(self._writers) >= _OPEN_CAPTURES:
-            _, oldest = self._writers.popitem(last=False)
-            oldest.close()
+            self.drop_writer(next(iter(self._writers)))
         writer = open_writer(
             self.lake / name,
             identity=plan.identity(self.offer, group.tenant),
@@ -141,9 +146,16 @@ class Worker:
         self._writers[name] = writer
         return name, writer
 
+    def _close_idle(self) -> None:
+        """Leave captures that nothing came for lately: what is being written can be neither removed nor compacted."""
+        for name, since in list(self._used.items()):
+            if time.monotonic() - since > _LEFT_SECONDS:
+                self.drop_writer(name)
+
     def drop_writer(self, name: str) -> None:
         """One that has failed: it only refuses from then on."""
         writer = self._writers.pop(name, None)
+        self._used.pop(name, None)
         if writer is not None:
             try:
                 writer.close()
@@ -170,6 +182,7 @@ class _Turn(Watcher):
         self._taken: dict[str, Taken] = {}
         self._since = time.monotonic()
         self._asked = 0.0
+        self._counted = 0
 
     def go(self) -> None:
         worker = self._worker
@@ -181,9 +194,8 @@ class _Turn(Watcher):
             # The engine is asked whether it still stands by the next turn; the capture is opened again.
             event("turn failed", worker=worker.id, capture=self._name, kind=type(error).__name__)
             self._settle()
-            worker.work.finish(
-                (), [(one.number, f"{type(error).__name__} while it was stored") for one in self._taken.values()]
-            )
+            cause = f"{type(error).__name__} while it was stored"
+            worker.work.finish(worker.id, (), [(one, cause) for one in self._taken.values()])
             worker.drop_writer(self._name)
             raise
         finally:
@@ -212,13 +224,18 @@ class _Turn(Watcher):
         failed = [
             (key, cause) for key, cause in self._summary.causes.items() if key in self._taken and key not in committed
         ]
-        if done or failed:
-            self._worker.work.finish(
-                [(self._taken[key].number, key, self._name, key) for key in done],
-                [(self._taken[key].number, cause) for key, cause in failed],
-            )
-            for key in [*done, *(key for key, _ in failed)]:
-                del self._taken[key]
+        if not done and not failed:
+            return
+        tokens = self._summary.tokens - self._counted + sum(len(self._taken[key].wanted.prompt) for key in done)
+        self._counted = self._summary.tokens
+        self._worker.work.finish(
+            self._worker.id,
+            [(self._taken[key], self._name) for key in done],
+            [(self._taken[key], cause) for key, cause in failed],
+            tokens,
+        )
+        for key in [*done, *(key for key, _ in failed)]:
+            del self._taken[key]
 
     def _source(self, most: int) -> list[Prompt]:
         """More work of the group, while it is its turn."""

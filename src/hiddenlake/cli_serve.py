@@ -90,15 +90,14 @@ def serve_command(lake: Lake, config: Config = None, *, flags: dict[str, Any]) -
     from hiddenlake.cache.service.serving import serve
 
     settings, _ = _load(flags, config)
+    serve(lake, settings, ready=lambda url, key: _say(lake, url, key))
 
-    def ready(url: str, key: str | None) -> None:
-        talk(f"serving {lake} at {url}")
-        if key is not None:
-            talk(
-                f"key, for this run alone: {key}\n(a browser asks for a name, which may be anything, and a password, which is the key)"
-            )
 
-    serve(lake, settings, ready=ready)
+def _say(lake: str, url: str, key: str | None) -> None:
+    talk(f"serving {lake} at {url}")
+    if key is not None:
+        talk(f"key, for this run alone: {key}")
+        talk("(a browser asks for a name, which may be anything, and a password, which is the key)")
 
 
 @app.command("worker")
@@ -112,6 +111,30 @@ def worker_command(lake: Lake, model: Model, config: Config = None, *, flags: di
     settings, _ = _load(flags, config)
     start_logging(settings.log_level)
     work_on(lake, model, settings, ready=lambda offer: talk(f"worker of {offer.name} is ready for {lake}"))
+
+
+@app.command("up")
+@with_settings("up")
+def up_command(lake: Lake, model: Model, config: Config = None, *, flags: dict[str, Any]) -> None:
+    """Serve a lake and compute what is asked of it: a server, and a worker that is started again when it dies."""
+    _import_service()
+    from hiddenlake.cache.service.serving import serve
+    from hiddenlake.cache.service.settings import of_command
+    from hiddenlake.cache.service.upping import WorkerProcess
+
+    settings, _ = _load(flags, config)
+    own = [f"--{name.replace('_', '-')}={flags[name]}" for name in of_command("worker") if flags.get(name) is not None]
+    file = ["--config", str(config)] if config is not None else []
+    worker = WorkerProcess([lake, "--model", model, *file, *own], settings.drain)
+
+    def ready(url: str, key: str | None) -> None:
+        _say(lake, url, key)
+        worker.start()
+
+    try:
+        serve(lake, settings, ready=ready)
+    finally:
+        worker.stop()
 
 
 @app.command("settings")

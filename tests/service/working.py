@@ -1,0 +1,49 @@
+"""Workers in processes of their own, on the tiny model with Hugging Face's engine, which starts quickly."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+START_SECONDS = 120
+
+# Few tokens, so that a prompt takes milliseconds.
+OPTIONS = (
+    "--engine", "transformers", "--max-prompt", "128", "--max-new-tokens", "64", "--sites", "mlp_out,resid_post",
+    "--shard-samples", "8", "--publish", "0.2", "--buffer-bytes", "256MiB",
+)  # fmt: skip
+
+
+class WorkerProcess:
+    """`hiddenlake worker`. log : its stderr."""
+
+    def __init__(self, lake: Path, model: Path, log: Path, *options: str) -> None:
+        self.log = log
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "hiddenlake.cli", "worker", str(lake), "--model", str(model), *OPTIONS, *options],
+                stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+
+    def wait_ready(self) -> "WorkerProcess":
+        end = time.monotonic() + START_SECONDS
+        while "is ready" not in self.text():
+            assert self.process.poll() is None and time.monotonic() < end, self.text()[-3000:]
+            time.sleep(0.05)
+        return self
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(60)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def chat(text: str) -> dict:
+    return {"messages": [{"role": "user", "content": text}]}
