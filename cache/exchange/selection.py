@@ -10,8 +10,8 @@ from hiddenlake.cache.errors import BadInputError, UnknownNameError
 from hiddenlake.cache.positions import Tokens, parse_positions
 from hiddenlake.cache.sites import SITES, parse_layers
 from hiddenlake.cache.store.coverage import DTYPES, EMBED
-from hiddenlake.cache.store.reader import Capture
 from hiddenlake.cache.store.moment import Dtype
+from hiddenlake.cache.store.reader import Capture
 
 if TYPE_CHECKING:
     import pyarrow

@@ -11,8 +11,8 @@ from fastapi.responses import Response, StreamingResponse
 from hiddenlake.cache.service import wire
 from hiddenlake.cache.service.app import By, Parts, With, need, problems
 from hiddenlake.cache.service.keys import Caller
-from hiddenlake.cache.service.read_request import ReadRequest
 from hiddenlake.cache.service.problems import Problem
+from hiddenlake.cache.service.read_request import ReadRequest
 from hiddenlake.cache.service.reading import Reading, plan_reading
 
 router = APIRouter(tags=["activations"], dependencies=[need("read")])
