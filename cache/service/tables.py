@@ -34,7 +34,7 @@ def sample_parquet(snapshot: Snapshot, columns: Sequence[str] | None, limits: di
     chosen = list(SAMPLE_COLUMNS if columns is None else dict.fromkeys(columns))
     if unknown := [name for name in chosen if name not in SAMPLE_COLUMNS]:
         raise Problem(
-            422, "bad_input", f"there is no column {unknown[0][:100]!r}", f"name some of {', '.join(SAMPLE_COLUMNS)}"
+            422, "bad_input", f"{len(unknown)} of the columns do not exist", f"name some of {', '.join(SAMPLE_COLUMNS)}"
         )
     fields = [sample_schema().field(name) for name in chosen]
     fields.append(pa.field(wire.COMMIT, pa.dictionary(pa.int32(), pa.string()), nullable=False))
