@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
+from pydantic import ValidationError
 
 from hiddenlake.cache.service import wire
 from hiddenlake.cache.service.app import By, Parts, With, need, problems
@@ -57,10 +59,13 @@ async def read_cell(
     check: bool = True,
 ) -> Response:
     """The matrix of which probes are made, for a browser or curl. Without a layer or a position, all of them."""
-    request = ReadRequest(
-        capture=name, site=site, dtype=dtype, format=format, check=check,
-        layers=None if layer is None else (layer,), positions=None if position is None else (position,),
-    )  # fmt: skip
+    try:
+        request = ReadRequest(
+            capture=name, site=site, dtype=dtype, format=format, check=check,
+            layers=None if layer is None else (layer,), positions=None if position is None else (position,),
+        )  # fmt: skip
+    except ValidationError as error:  # a name that is too long, say
+        raise RequestValidationError(error.errors()) from error
     return await _answer(request, parts, caller)
 
 

