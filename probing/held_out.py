@@ -43,7 +43,9 @@ def held_out(
     Returns a Dataset over all samples of the capture, in its order: score, log-odds of the positive class by the probe of
     the other folds (scores of two folds are those of two probes), probability, and fold, which are NaN and -1 where the
     cell does not have the sample; and positive, whether it is of the positive class (attrs["positive_class"]), which
-    means nothing where `labelled` is False. Over (fold): fold_auc, fold_objective and fold_gap_bound.
+    means nothing where `labelled` is False. Over (fold_number): fold_auc, fold_objective and fold_gap_bound, and the probes
+    themselves, intercept and coef (fold_number, hidden), float64, in the coordinates of the stored activations:
+    x . coef + intercept is a score.
 
     Raises ProbeError, also when the cell cannot be fitted, and UnknownNameError.
     """
@@ -68,8 +70,14 @@ def held_out(
             "fold_objective": solved.solution.objective,
             "fold_gap_bound": solved.solution.gap_bound,
         }
+        # z = ((x - centre) unit) . w + b, as coefficients of the stored x
+        problem = solved.problem
+        coef = solved.solution.coef.T * problem.unit[solved.mask].cpu().numpy()
+        intercept = solved.solution.intercept - coef @ problem.centre.cpu().numpy()
         return xr.Dataset(
             {
+                "coef": (("fold_number", "hidden"), coef),
+                "intercept": ("fold_number", intercept),
                 "score": ("sample", score),
                 "probability": ("sample", expit(score)),
                 "fold": ("sample", fold),

@@ -86,3 +86,13 @@ def test_bad_input_is_refused_in_a_sentence(capture):
         held_out(few, "mlp_out", 0, "-1")
     with pytest.raises(UnknownNameError, match="no layer"):
         held_out(capture, "mlp_out", 9, "-1")
+
+
+@pytest.mark.parametrize("scale", ["feature", "none"])
+def test_the_probes_give_the_scores_of_the_samples_that_they_did_not_see(capture, scale):
+    found = held_out(capture, "mlp_out", *CELL, scale=scale)
+    X = capture.mlp_out.sel(layer=CELL[0], position=CELL[1]).values.astype(float)
+    inside = np.flatnonzero(found.fold.values >= 0)
+    fold = found.fold.values[inside]
+    by_hand = (X[inside] * found.coef.values[fold]).sum(1) + found.intercept.values[fold]
+    np.testing.assert_allclose(by_hand, found.score.values[inside], rtol=1e-9, atol=1e-9)
