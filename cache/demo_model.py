@@ -53,7 +53,7 @@ def demo_model(folder: str | Path | None = None) -> Path:
     Raises HiddenlakeError when a package is missing, the wheel holds another file, or `folder` holds
     something else.
     """
-    folder = _default_folder() if folder is None else Path(folder).expanduser().absolute()
+    folder = default_folder() if folder is None else Path(folder).expanduser().absolute()
     # Without the lock first: a finished model may lie in a folder that cannot be written.
     if what_is_wrong(folder) is None:
         return folder
@@ -88,7 +88,7 @@ def what_is_wrong(folder: Path) -> str | None:
     return None
 
 
-def _default_folder() -> Path:
+def default_folder() -> Path:
     cache = os.environ.get("HIDDENLAKE_CACHE") or Path.home() / ".cache" / "hiddenlake"
     return Path(cache).expanduser().absolute() / "models" / NAME
 

@@ -171,12 +171,7 @@ def score_rows(probe: Probe, capture: "Capture", rows: np.ndarray, force: bool =
 
     Raises IdentityError, and what reading does.
     """
-    differs = different_fields(probe.identity, capture.identity)
-    if differs and not force:
-        raise IdentityError(
-            f"{capture.path} holds activations of another identity than the probe was trained on: {', '.join(differs)} "
-            f"differ: score a capture of the same model, or force it"
-        )
+    refuse_other_identity(probe, capture, force)
     score = np.full(len(rows), np.nan)
     for start in range(0, len(rows), _BLOCK):
         block = rows[start : start + _BLOCK].tolist()
@@ -184,6 +179,16 @@ def score_rows(probe: Probe, capture: "Capture", rows: np.ndarray, force: bool =
         there = np.isfinite(X).all(axis=1)
         score[start + np.flatnonzero(there)] = probe.decision_function(X[there])
     return score
+
+
+def refuse_other_identity(probe: Probe, capture: "Capture", force: bool = False) -> None:
+    """Raises IdentityError where a capture's activations are other numbers than those that a probe was trained on."""
+    differs = different_fields(probe.identity, capture.identity)
+    if differs and not force:
+        raise IdentityError(
+            f"{capture.path} holds activations of another identity than the probe was trained on: {', '.join(differs)} "
+            f"differ: score a capture of the same model, or force it"
+        )
 
 
 def different_fields(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

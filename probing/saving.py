@@ -54,6 +54,11 @@ def open_grid(path: str | Path) -> xr.Dataset:
         return grid.load()
 
 
+def classes(grid: xr.Dataset) -> tuple[str, str]:
+    """Names of the positive and the negative class, as a grid's variables have them (`n_wrong`, `n_correct`)."""
+    return ("wrong", "correct") if "n_wrong" in grid else ("positive", "negative")
+
+
 def _plain(grid: xr.Dataset) -> xr.Dataset:
     """Fixed-width text is not in Zarr 3's specification; text of any length is. One chunk a variable."""
     text = {name: grid[name].astype(object) for name in grid.variables if grid[name].dtype.kind == "U"}

@@ -9,6 +9,7 @@ import xarray as xr
 
 from hiddenlake.probing.experiments.heatmap import by_position
 from hiddenlake.probing.grid import BestCell, at_one_C, best_cell
+from hiddenlake.probing.saving import classes
 
 # What a control is that a grid has as `<name>_auc`: in a word, and in some.
 CONTROLS = {
@@ -32,11 +33,6 @@ class Table:
     caption: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-
-
-def classes(grid: xr.Dataset) -> tuple[str, str]:
-    """Names of the positive and the negative class."""
-    return ("wrong", "correct") if "n_wrong" in grid else ("positive", "negative")
 
 
 def at_cell(grid: xr.Dataset, best: BestCell) -> xr.Dataset:

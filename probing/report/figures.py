@@ -11,8 +11,9 @@ import xarray as xr
 
 from hiddenlake.probing.grid import at_one_C, best_cell
 from hiddenlake.probing.plots import in_column_order
-from hiddenlake.probing.report.facts import classes, control_names, control_title
+from hiddenlake.probing.report.facts import control_names, control_title
 from hiddenlake.probing.report.scores import Reliability, Roc, Spread
+from hiddenlake.probing.saving import classes
 
 # Each has a contrast of at least 3 to 1 with the page, light and dark.
 _COLOURS = ("#2f7fc8", "#cf6a12", "#2f9468", "#9365d0", "#d2454f", "#8a7416")

@@ -18,6 +18,7 @@ from hiddenlake.probing.report import facts, figures
 from hiddenlake.probing.report.examples import Example, most_wrong
 from hiddenlake.probing.report.figures import Figure
 from hiddenlake.probing.report.scores import Reliability, reliability, roc, spread
+from hiddenlake.probing.saving import classes
 
 # A mean of five AUCs of a hundred samples changes by less where two of them change places for rounding.
 _SAME_AUC = 1e-3
@@ -70,7 +71,7 @@ def make_part(capture: Capture, grid: xr.Dataset, number: int) -> Part:
     """Raises IdentityError for a grid of another capture, ProbeError where nothing was fitted, or where the labels have
     changed since."""
     check_grid(capture, grid)
-    attrs, (positive, negative) = grid.attrs, facts.classes(grid)
+    attrs, (positive, negative) = grid.attrs, classes(grid)
     compat = attrs.get("compat", "none")
     name = f"{attrs['site']}: {attrs['positive_class']} (label {attrs['label']}; groups: {attrs['groups']})"
     reason = f"With compat {compat} there is one validation set, and most samples have no held-out probability."
@@ -116,7 +117,7 @@ def check_grid(capture: Capture, grid: xr.Dataset) -> None:
 
 
 def _cell(capture: Capture, grid: xr.Dataset) -> Cell:
-    best, attrs, names = best_cell(grid), grid.attrs, facts.classes(grid)
+    best, attrs, names = best_cell(grid), grid.attrs, classes(grid)
     found = held_out(capture, attrs["site"], best.layer, best.position, C=best.C, **facts.arguments(grid))
     if abs(found.attrs["auc"] - best.auc) > _SAME_AUC:
         raise ProbeError(

@@ -88,9 +88,10 @@ def serve_command(lake: Lake, config: Config = None, *, flags: dict[str, Any]) -
     """
     _import_service()
     from hiddenlake.cache.service.serving import serve
+    from hiddenlake.probing.service.routers import make_routers
 
     settings, _ = _load(flags, config)
-    serve(lake, settings, ready=lambda url, key: _say(lake, url, key))
+    serve(lake, settings, routers=make_routers(lake), ready=lambda url, key: _say(lake, url, key))
 
 
 def _say(lake: str, url: str, key: str | None) -> None:
