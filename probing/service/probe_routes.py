@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hiddenlake.cache.service.app import By, With, need, problems
 from hiddenlake.cache.service.problems import Problem
 from hiddenlake.probing.probe import Probe, different_fields, score_rows
-from hiddenlake.probing.service.findings import Findings
+from hiddenlake.probing.service.findings import Findings, at_one_moment
 from hiddenlake.probing.service.heat import plain
 
 
@@ -78,7 +78,7 @@ def probe_routes(findings: Findings) -> APIRouter:
         """409 where the capture's activations are of another identity than those that the probe was fitted on, unless
         forced."""
         found = findings.probe(probe, caller)
-        capture = parts.lake.capture(request.capture, caller)
+        capture = at_one_moment(parts.lake.capture(request.capture, caller))
         rows, _ = capture.rows(None if request.samples is None else list(request.samples))
         needed = 4 * len(rows) * len(found.coef)
         if needed > parts.settings.max_read:

@@ -13,7 +13,7 @@ from hiddenlake.cache.service.samples import sample_row
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.probing.probe import different_fields, refuse_other_identity
 from hiddenlake.probing.service.cells import Asked, Cell, Cells, Waiting
-from hiddenlake.probing.service.findings import Findings, StoredGrid
+from hiddenlake.probing.service.findings import Findings, StoredGrid, at_one_moment
 from hiddenlake.probing.service.heat import GridList, Heat, entry, heat
 from hiddenlake.probing.service.pieces import Pieces, pieces
 from hiddenlake.probing.service.refit import Refits
@@ -33,7 +33,7 @@ def grid_routes(lake: Path, findings: Findings, refits: Refits) -> APIRouter:
     cells = Cells(findings, refits, str(lake))
 
     def stored(name: str, grid: str, parts: Parts, caller: Caller) -> tuple[Capture, StoredGrid]:
-        capture = parts.lake.capture(name, caller)
+        capture = at_one_moment(parts.lake.capture(name, caller))
         return capture, findings.grid(capture, grid)
 
     @router.get("/v1/captures/{name}/grids", summary="Grids of a capture", responses=problems(404, 500, 503))
@@ -98,7 +98,7 @@ def grid_routes(lake: Path, findings: Findings, refits: Refits) -> APIRouter:
             )
 
         def sample() -> tuple[Capture, int]:
-            capture = parts.lake.capture(name, caller)
+            capture = at_one_moment(parts.lake.capture(name, caller))
             if (row := capture.snapshot.row_of.get(key)) is None:
                 raise no_such("sample", f"GET /v1/captures/{name}/samples lists them")
             return capture, row

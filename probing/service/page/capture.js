@@ -117,7 +117,8 @@ function words(heat, metric, row, column) {
   const lines = [`layer ${heat.layers[row]}, ${heat.positions[column]}`];
   if (at("auc") === null) lines.push(`no probe: ${heat.reasons[row][column]}`);
   else lines.push(`AUC ${interval(at("auc"), at("auc_lo"), at("auc_hi"))}`);
-  lines.push(`n ${at("n")}: ${at(`n_${heat.positive}`)} ${heat.positive}, ${at(`n_${heat.negative}`)} ${heat.negative}`);
+  const classes = [heat.positive, heat.negative].filter((one) => at(`n_${one}`) !== undefined).map((one) => `${at(`n_${one}`)} ${one}`);
+  lines.push([`n ${at("n")}`, classes.join(", ")].filter(Boolean).join(": "));
   if (typeof at("token_auc") === "number") lines.push(`token alone: AUC ${number(at("token_auc"))}`);
   if (!["auc", "n", "token_auc"].includes(metric)) lines.push(`${metric.replaceAll("_", " ")}: ${short(at(metric))}`);
   return lines;
