@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from hiddenlake.cache.errors import BadInputError, IdentityError, ProbeError, StoreError
 from hiddenlake.cache.exchange.tensor_file import TensorFile, header
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from hiddenlake.cache.store.reader import Capture
 
 # What says of which texts an identity speaks, and not of which numbers a text gives.
@@ -78,8 +79,7 @@ class Probe:
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
         """(n, 2) probabilities of both classes."""
         odds = self.decision_function(X)
-        positive = np.exp(-np.logaddexp(0.0, -odds))
-        return np.stack([np.exp(-np.logaddexp(0.0, odds)), positive], axis=1)
+        return np.stack([probability_of(-odds), probability_of(odds)], axis=1)
 
     def predict(self, X: np.ndarray) -> np.ndarray:
         """(n,) bool."""
@@ -135,7 +135,7 @@ def load_probe(path: str | Path) -> Probe:
     return probe
 
 
-def score_capture(probe: Probe, capture: Any, force: bool = False) -> xr.Dataset:
+def score_capture(probe: Probe, capture: Any, force: bool = False) -> "xr.Dataset":
     """A probe's scores of all samples of a capture.
 
     capture : a path or an open capture.
@@ -147,14 +147,15 @@ def score_capture(probe: Probe, capture: Any, force: bool = False) -> xr.Dataset
 
     Raises IdentityError, and what reading does.
     """
+    import xarray as xr
+
     from hiddenlake.cache.store.reader import Capture, open_capture
 
     capture = capture if isinstance(capture, Capture) else open_capture(capture)
     score = score_rows(probe, capture, np.arange(len(capture)), force)
     differs = different_fields(probe.identity, capture.identity)
-    probability = np.exp(-np.logaddexp(0.0, -score))
     return xr.Dataset(
-        {"score": ("sample", score), "probability": ("sample", probability)},
+        {"score": ("sample", score), "probability": ("sample", probability_of(score))},
         coords={"sample": np.array(capture.keys, object)},
         attrs={
             "site": probe.site, "layer": probe.layer, "position": probe.position, "label": probe.label,
@@ -179,6 +180,12 @@ def score_rows(probe: Probe, capture: "Capture", rows: np.ndarray, force: bool =
         there = np.isfinite(X).all(axis=1)
         score[start + np.flatnonzero(there)] = probe.decision_function(X[there])
     return score
+
+
+def probability_of(odds: np.ndarray) -> np.ndarray:
+    """Of log-odds, without overflow; NaN stays NaN."""
+    with np.errstate(invalid="ignore"):
+        return np.exp(-np.logaddexp(0.0, -odds))
 
 
 def refuse_other_identity(probe: Probe, capture: "Capture", force: bool = False) -> None:

@@ -8,7 +8,6 @@ from fastapi import Response
 from pydantic import BaseModel, Field
 
 from hiddenlake.cache.errors import UnknownNameError
-from hiddenlake.cache.service.lake import snapshot_id
 from hiddenlake.cache.service.problems import Problem
 from hiddenlake.cache.service.settings import Settings
 from hiddenlake.cache.store.reader import Capture
@@ -127,7 +126,7 @@ class Cells:
         grid = self.findings.open(stored)
         for axis, wanted in (("layer", layer), ("position", position)):
             if wanted not in (there := grid[axis].values.tolist()):
-                raise UnknownNameError(f"the grid has no {axis} {wanted}: it has {', '.join(map(str, there))}")
+                raise UnknownNameError(f"the grid has no such {axis}: it has {', '.join(map(str, there))}")
         which = which_C(grid, entry(stored, capture), C)
         # As float32; beside them are the solver's own, which it bounds by itself.
         needed = 4 * len(capture) * capture.coverage.widths.get(stored.attrs["site"], 0)
@@ -138,7 +137,7 @@ class Cells:
                 f"the cell's activations are {needed} bytes, {int(settings.max_read)} are read for one answer",
                 "have the server started with a larger --max-read",
             )
-        moment = snapshot_id(capture)
+        moment = capture.snapshot.name
         question = {
             "capture": capture.path, "grid": str(stored.path), "lake": self.lake, "snapshot": moment,
             "layer": layer, "position": position, "C": which,

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import xarray as xr
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hiddenlake.cache.errors import HiddenlakeError, StoreError
 from hiddenlake.cache.identity import digest
@@ -20,8 +18,11 @@ from hiddenlake.cache.service.lake import NAME
 from hiddenlake.cache.service.logs import event
 from hiddenlake.cache.service.problems import no_such
 from hiddenlake.cache.store.reader import Capture
-from hiddenlake.probing.probe import Probe, load_probe
-from hiddenlake.probing.saving import open_grid
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from hiddenlake.probing.probe import Probe
 
 Found = TypeVar("Found")
 
@@ -77,11 +78,13 @@ class Findings:
                 return grid
         raise no_such("grid of this capture", f"GET /v1/captures/{capture.place.name}/grids lists them")
 
-    def open(self, grid: StoredGrid) -> xr.Dataset:
+    def open(self, grid: StoredGrid) -> "xr.Dataset":
         """In memory; not to be changed. Raises StoreError."""
+        from hiddenlake.probing.saving import open_grid
+
         return self._remember(grid.path, grid.version, "grid", lambda: open_grid(_checked(grid.path)))
 
-    def probes(self, caller: Caller) -> dict[str, Probe]:
+    def probes(self, caller: Caller) -> dict[str, "Probe"]:
         """Those that a caller may see, by name."""
         found = {}
         for name, path in self._entries("probes", ".safetensors"):
@@ -90,7 +93,7 @@ class Findings:
                 found[name] = probe
         return found
 
-    def probe(self, name: str, caller: Caller) -> Probe:
+    def probe(self, name: str, caller: Caller) -> "Probe":
         """By name. Raises Problem (404)."""
         if (probe := self.probes(caller).get(name)) is None:
             raise no_such("probe", "GET /v1/probes lists them")
@@ -106,7 +109,9 @@ class Findings:
         version = _version(path / "zarr.json")
         return version, self._remember(path, version, "attrs", lambda: _metadata(path).get("attributes", {}))
 
-    def _probe(self, path: Path) -> Probe:
+    def _probe(self, path: Path) -> "Probe":
+        from hiddenlake.probing.probe import load_probe
+
         version = _version(path)
         if version[2] > _MOST_PROBE:
             raise StoreError(f"{path.name} has {version[2]} bytes: a probe has at most {_MOST_PROBE}")

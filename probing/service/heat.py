@@ -1,16 +1,17 @@
 """Heat: a grid as a page draws it: one number a (layer, position), at one C."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 from pydantic import BaseModel, Field
 
 from hiddenlake.cache.errors import UnknownNameError
 from hiddenlake.cache.store.reader import Capture
-from hiddenlake.probing.saving import classes
 from hiddenlake.probing.service.findings import StoredGrid
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # Of every answer; other metrics are asked for by name.
 _ALWAYS = ("auc", "auc_lo", "auc_hi", "n", "token_auc")
@@ -90,17 +91,19 @@ def no_cells(attrs: dict[str, Any], capture: Capture) -> str | None:
     return None
 
 
-def heat(stored: StoredGrid, grid: xr.Dataset, capture: Capture, C: float | None, metrics: tuple[str, ...]) -> Heat:
+def heat(stored: StoredGrid, grid: "xr.Dataset", capture: Capture, C: float | None, metrics: tuple[str, ...]) -> Heat:
     """C : one of the grid's; that of the best cell by default.  metrics : more of them than those of every answer.
 
     Raises UnknownNameError for a C or a metric that is not there.
     """
+    from hiddenlake.probing.saving import classes
+
     found = entry(stored, capture)
     all_C = [float(c) for c in np.atleast_1d(grid.C.values)]
     at = grid.isel(C=which_C(grid, found, C)) if "C" in grid.dims else grid
     names = [str(name) for name in at.data_vars if _is_metric(at[name])]
-    if missing := [name for name in metrics if name not in names]:
-        raise UnknownNameError(f"the grid has no metric {', '.join(missing)}: it has {', '.join(names)}")
+    if not set(metrics) <= set(names):
+        raise UnknownNameError(f"the grid has no such metric: it has {', '.join(names)}")
     positive, negative = classes(grid)
     counts = (f"n_{positive}", f"n_{negative}")
     wanted = dict.fromkeys(name for name in (*_ALWAYS, *counts, *metrics) if name in names)
@@ -119,7 +122,7 @@ def heat(stored: StoredGrid, grid: xr.Dataset, capture: Capture, C: float | None
     )
 
 
-def which_C(grid: xr.Dataset, found: GridEntry, C: float | None) -> int:
+def which_C(grid: "xr.Dataset", found: GridEntry, C: float | None) -> int:
     """Its number along the axis. Raises UnknownNameError."""
     there = grid.C.values.tolist()
     wanted = C if C is not None else found.best.C if found.best is not None else there[0]
@@ -142,5 +145,5 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _is_metric(values: xr.DataArray) -> bool:
+def _is_metric(values: "xr.DataArray") -> bool:
     return values.dtype.kind in "fiub" and "position" in values.dims and set(values.dims) <= _CELL

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hiddenlake.cache.service.app import By, With, need, problems
 from hiddenlake.cache.service.problems import Problem
-from hiddenlake.probing.probe import Probe, different_fields, score_rows
+from hiddenlake.cache.store.reader import Capture
+from hiddenlake.probing.probe import Probe, different_fields, probability_of, score_rows
 from hiddenlake.probing.service.findings import Findings, at_one_moment
 from hiddenlake.probing.service.heat import plain
 
@@ -79,7 +80,7 @@ def probe_routes(findings: Findings) -> APIRouter:
         forced."""
         found = findings.probe(probe, caller)
         capture = at_one_moment(parts.lake.capture(request.capture, caller))
-        rows, _ = capture.rows(None if request.samples is None else list(request.samples))
+        rows = _rows(capture, request.samples)
         needed = 4 * len(rows) * len(found.coef)
         if needed > parts.settings.max_read:
             raise Problem(
@@ -95,12 +96,26 @@ def probe_routes(findings: Findings) -> APIRouter:
             positive_class=found.positive_class,
             samples=[str(keys[row]) for row in rows],
             score=_numbers(odds),
-            probability=_numbers(np.exp(-np.logaddexp(0.0, -odds))),
+            probability=_numbers(probability_of(odds)),
             forced=bool(differs),
             differs=differs,
         )
 
     return router
+
+
+def _rows(capture: Capture, samples: tuple[str | int, ...] | None) -> np.ndarray:
+    """(n,) rows of keys or rows; of all for None. Raises Problem, which does not repeat what was sent."""
+    count, row_of = len(capture), capture.snapshot.row_of
+    if samples is None:
+        return np.arange(count)
+    rows = np.array([row_of.get(one, -1) if isinstance(one, str) else one for one in samples], object)
+    if missing := sum(not 0 <= row < count for row in rows):
+        raise Problem(
+            409, "not_captured", f"{missing} of the {len(rows)} samples that were asked for are not in the capture, which has "
+            f"{count}", "ask for keys that GET /v1/captures/{name}/samples lists, or for rows from 0",
+        )  # fmt: skip
+    return rows.astype(np.int64)
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

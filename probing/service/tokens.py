@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from hiddenlake.cache.positions import POOLED
 from hiddenlake.cache.store.reader import Capture
+from hiddenlake.probing.probe import probability_of
 
 
 class TokenScore(BaseModel):
@@ -50,7 +51,7 @@ def token_scores(
         values = capture.read(site, layer, None, row, dtype="float32")
         for name, token, value in zip(c.positions, index, values, strict=True):
             pooled += token == POOLED
-            if token >= 0:
+            if token >= 0:  # two positions that are one token have the same row
                 rows[token] = value
                 names.setdefault(token, []).append(name)
     if c.tokens is not None:
@@ -58,7 +59,7 @@ def token_scores(
         rows |= dict(zip(found.token_index.tolist(), found.values, strict=True))
     order = sorted(rows)
     odds = score(np.stack([rows[token] for token in order])) if order else np.empty(0)
-    probability = np.exp(-np.logaddexp(0.0, -odds))
+    probability = probability_of(odds)
     tokens = [
         TokenScore(token_index=token, positions=names.get(token, []), score=float(z), probability=float(p))
         for token, z, p in zip(order, odds, probability, strict=True)

@@ -37,6 +37,7 @@ export async function showJobs(main, _, signal) {
             ["state", (job) => job.state],
             ["progress", progress],
             ["asked for", (job) => time(job.created)],
+            ["why answers failed", (job) => (job.causes ?? []).join("; "), "long"],
           ], jobs)
         : muted("Nothing was asked for that had to be computed."));
     }
