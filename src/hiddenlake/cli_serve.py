@@ -122,6 +122,7 @@ def up_command(lake: Lake, model: Model, config: Config = None, *, flags: dict[s
     from hiddenlake.cache.service.serving import serve
     from hiddenlake.cache.service.settings import of_command
     from hiddenlake.cache.service.upping import WorkerProcess
+    from hiddenlake.probing.service.routers import make_routers
 
     settings, _ = _load(flags, config)
     own = [f"--{name.replace('_', '-')}={flags[name]}" for name in of_command("worker") if flags.get(name) is not None]
@@ -133,7 +134,7 @@ def up_command(lake: Lake, model: Model, config: Config = None, *, flags: dict[s
         worker.start()
 
     try:
-        serve(lake, settings, ready=ready)
+        serve(lake, settings, routers=make_routers(lake), ready=ready)
     finally:
         worker.stop()
 
