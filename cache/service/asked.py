@@ -6,7 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hiddenlake.cache.identity import Decoding, Sampling
 
-_Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+# Neither `true` nor 13.0: nothing that is meant otherwise becomes a number.
+_Id = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
+_Layer = Annotated[int, Field(strict=True, ge=0, lt=4096)]
+_Token = Annotated[int, Field(strict=True, ge=-(1 << 31), lt=1 << 31)]
 
 # Far more than any model reads: lengths in tokens are checked against the model's own.
 _TEXT = 4_000_000
@@ -94,8 +97,8 @@ class ResolveRequest(BaseModel):
     sites: tuple[Annotated[str, Field(max_length=64)], ...] | None = Field(
         None, min_length=1, max_length=16, description="All that are tapped by default."
     )
-    layers: tuple[Annotated[int, Field(ge=0, lt=4096)], ...] | None = Field(None, max_length=4096)
-    positions: tuple[Annotated[str, Field(max_length=64)] | int, ...] = Field(
+    layers: tuple[_Layer, ...] | None = Field(None, max_length=4096)
+    positions: tuple[Annotated[str, Field(max_length=64)] | _Token, ...] = Field(
         ("last_q", "first_answer", "-1"), min_length=1, max_length=256,
         description="Named or numbered tokens, poolings, or `all`, `all_prompt`, `all_generated`.",
     )  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from hiddenlake.cache.errors import BadInputError, HiddenlakeError, StoreError
+from hiddenlake.cache.errors import BadInputError, StoreError
 
 
 class Encoder:
@@ -86,25 +86,32 @@ def encode(model: Any, item: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": list(prompt), "given": None if given is None else list(given)}
 
 
-def main() -> None:
-    """A line of JSON in, a line of JSON out, until the input ends."""
+def _answer(models: dict[str, Any], path: str, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """models : that were read, by path. No answer quotes an input, or says where a model lies."""
     from hiddenlake.cache.model import load_model
 
+    try:
+        if path not in models:
+            models[path] = load_model(path)
+    except Exception as error:
+        print(json.dumps({"event": "no tokenizer", "error": str(error)}), file=sys.stderr)
+        what = f"the model's tokenizer cannot be read here ({type(error).__name__}): send `token_ids`"
+        return {"error": what, "kind": "model"}
+    try:
+        return {"ids": [encode(models[path], item) for item in inputs]}
+    except BadInputError as error:
+        return {"error": str(error), "kind": "input"}
+    except Exception as error:
+        return {"error": f"the model's tokenizer refuses an input ({type(error).__name__})", "kind": "input"}
+
+
+def main() -> None:
+    """A line of JSON in, a line of JSON out, until the input ends."""
     out, sys.stdout = sys.stdout, sys.stderr
     models: dict[str, Any] = {}
     for line in sys.stdin:
         question = json.loads(line)
-        answer: dict[str, Any]
-        try:
-            path = question["model"]
-            if path not in models:
-                models[path] = load_model(path)
-            answer = {"ids": [encode(models[path], item) for item in question["inputs"]]}
-        except BadInputError as error:
-            answer = {"error": str(error), "kind": "input"}
-        except (HiddenlakeError, OSError) as error:
-            answer = {"error": f"the model's tokenizer cannot be read: {error}", "kind": "model"}
-        out.write(json.dumps(answer) + "\n")
+        out.write(json.dumps(_answer(models, question["model"], question["inputs"])) + "\n")
         out.flush()
 
 

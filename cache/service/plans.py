@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hiddenlake.cache.errors import BadInputError
+from hiddenlake.cache.errors import BadInputError, UnknownNameError
 from hiddenlake.cache.identity import Decoding, Sampling, canonical_json, digest, model_key
-from hiddenlake.cache.positions import EXACT_ANSWER, POOLS, Tokens, parse_positions
+from hiddenlake.cache.positions import EXACT_ANSWER, NAMED, POOLS, Tokens, parse_positions
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.coverage import EMBED, Coverage
 
@@ -125,7 +125,10 @@ def make_plan(
     wanted = dict.fromkeys(sites)
     wanted.pop(EMBED, None)  # every capture has it
     if not wanted or (missing := [site for site in wanted if site not in offer.sites]):
-        raise BadInputError(f"sites {', '.join(missing) if wanted else 'none'}: there are {', '.join(offer.sites)}")
+        # Without the names that were asked for: one may be a text that went astray.
+        raise BadInputError(
+            f"{len(missing) if wanted else 'all'} sites are not there: there are {', '.join(offer.sites)}"
+        )
     layers = tuple(sorted(set(layers)))
     if missing := [layer for layer in layers if layer not in offer.layers]:
         raise BadInputError(f"layers {missing} are not there: there are {list(offer.layers)}")
@@ -133,7 +136,13 @@ def make_plan(
         layers = ()
     elif not layers:
         raise BadInputError("layers is empty: name at least one, or leave it out for all")
-    names, tokens = parse_positions(positions)
+    try:
+        names, tokens = parse_positions(positions)
+    except UnknownNameError:
+        raise BadInputError(
+            f"positions: expected integers, names ({', '.join(NAMED)}), poolings ({', '.join(POOLS)}), and one of all, "
+            f"all_prompt and all_generated, with /k for every k-th token"
+        ) from None
     late = [name for name in names if name in EXACT_ANSWER or POOLS.get(name, ("", ""))[1] == "exact_answer"]
     if late:
         raise BadInputError(
