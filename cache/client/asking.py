@@ -18,6 +18,8 @@ from hiddenlake.cache.service import wire
 # A server that is started again, or a key that has too many requests on their way, is waited for, but not for ever.
 ATTEMPTS = 6
 FIRST_SECONDS, MOST_SECONDS = 0.2, 5.0
+# No attempt begins later than this after the first: one that hangs takes its time too.
+PATIENCE_SECONDS = 120.0
 # The longest that a server may have us wait before we ask again.
 MOST_ASKED_SECONDS = 60.0
 
@@ -136,12 +138,13 @@ Steps = Generator[Ask | Pause, Any, Any]
 
 def ask(request: Ask) -> Steps:
     """Ask, again where the server cannot answer now. Returns what the sink made. Raises Refused, StoreError."""
+    start = time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
         found: Answer | Failure = yield request
         if isinstance(found, Answer) and found.status == 200:
             return found.value
         wait = _wait(found, attempt)
-        if wait is None:
+        if wait is None or time.monotonic() - start + wait > PATIENCE_SECONDS:
             break
         yield Pause(wait)
     if isinstance(found, Failure):

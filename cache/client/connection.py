@@ -17,7 +17,7 @@ from hiddenlake.cache.service import wire
 VARIABLE = "HIDDENLAKE_KEY"
 
 # Seconds: until there is a connection, and between two signs of life. A cold read of many shards begins late.
-_CONNECT, _SILENCE = 10.0, 120.0
+_CONNECT, _SILENCE = 10.0, 60.0
 
 
 def is_url(where: object) -> bool:

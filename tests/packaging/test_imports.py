@@ -51,6 +51,33 @@ except hiddenlake.HiddenlakeError as error:
     assert "pip install 'hiddenlake[probes]'" in python(script)
 
 
+def test_the_client_needs_httpx_and_nothing_of_the_server() -> None:
+    server = ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "torch", "zarr")
+    script = f"""
+import sys
+import hiddenlake
+lake = hiddenlake.connect("http://127.0.0.1:9", "x")
+hiddenlake.connect_async("http://127.0.0.1:9", "x")
+print([name for name in {server} if name in sys.modules])
+"""
+    assert python(script) == "[]"
+
+
+def test_a_lake_in_a_folder_needs_no_httpx_and_a_service_says_what_to_install() -> None:
+    script = """
+import sys
+sys.modules["httpx"] = None
+import hiddenlake
+print(hiddenlake.connect("/tmp").captures)
+for connect in (hiddenlake.connect, hiddenlake.connect_async):
+    try:
+        connect("http://127.0.0.1:9", "x")
+    except hiddenlake.HiddenlakeError as error:
+        print(error)
+"""
+    assert python(script).count("pip install 'hiddenlake[client]'") == 2
+
+
 def test_kernels_is_no_package_of_its_own() -> None:
     # transformers looks for a package `kernels` and, with the root on the path, would import ours.
     assert not (REPO / "kernels" / "__init__.py").exists()

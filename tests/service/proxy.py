@@ -5,11 +5,14 @@ import threading
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
+SILENCE = b"nothing at all"
+
 
 class Proxy:
     """faults : of the next connections, one each, in their order; those after them are left alone.
 
-    A fault is a number, of bytes of the answer after which the connection ends, or bytes, which are the answer.
+    A fault is a number, of bytes of the answer after which the connection ends, or bytes, which are the answer; none, and
+    the connection stays, for `SILENCE`.
     connections : how many there were.
     """
 
@@ -34,8 +37,9 @@ class Proxy:
         with suppress(OSError), client:
             if isinstance(fault, bytes):
                 client.recv(1 << 16)
-                client.sendall(fault)
-                client.shutdown(socket.SHUT_WR)
+                if fault != SILENCE:
+                    client.sendall(fault)
+                    client.shutdown(socket.SHUT_WR)
                 while client.recv(1 << 16):
                     pass
                 return

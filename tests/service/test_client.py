@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from hiddenlake.cache.store.reader import open_capture
 from hiddenlake.cache.testing import small
 
 from .conftest import CAPTURES, SAMPLES, TENANT, add_key
-from .proxy import answer, proxy
+from .proxy import SILENCE, answer, proxy
 
 SEEN = [name for name in CAPTURES if name != "theirs"]
 VIEWS = [
@@ -190,6 +192,13 @@ def test_a_read_on_a_device(remote, local):
             found.view(torch.uint8),
             local.capture("cells").read("mlp_act", 3, dtype=dtype, device="cpu").view(torch.uint8),
         )
+
+
+def test_a_dataset_on_a_device(remote, local):
+    pytest.importorskip("torch")
+    for lake in (remote, local):
+        cell = lake.capture("cells").dataset().mlp_act.sel(layer=3).isel(sample=[4, 2])
+        same(cell.hl.to_gpu("cpu").values, cell.values)
 
 
 def test_cells_are_read_ahead(remote, local):
@@ -481,6 +490,34 @@ def test_an_answer_that_is_always_cut_is_an_error(between, quick, bytes_of_it):
     found.faults = [500] * asking.ATTEMPTS
     with pytest.raises(StoreError, match="no whole answer"):
         capture.samples()
+
+
+def test_a_server_that_never_answers_is_not_waited_for_for_ever(server, key, quick, monkeypatch):
+    monkeypatch.setattr(connection, "_SILENCE", 0.3)
+    monkeypatch.setattr(asking, "PATIENCE_SECONDS", 1.0)
+    with proxy(server.url) as found, hiddenlake.connect(found.url, key) as lake:
+        found.faults = [SILENCE] * 20
+        start = time.monotonic()
+        with pytest.raises(StoreError, match="no whole answer after [2345] attempts"):
+            lake.captures()
+        assert 1 < time.monotonic() - start < 10 and found.connections < asking.ATTEMPTS
+        found.faults = [SILENCE]
+        assert lake.captures()
+
+
+def test_more_at_once_than_a_key_may(lake, serve, quick, monkeypatch):
+    """The service turns away what is too much, and in the end everybody has been served."""
+    one = serve(lake, "--max-concurrent", "1", key=add_key(lake, "x"))
+    turned = []
+    monkeypatch.setattr(
+        connection.time, "sleep", lambda seconds: turned.append(seconds) or threading.Event().wait(0.02)
+    )
+    monkeypatch.setattr(asking, "ATTEMPTS", 1000)
+    with hiddenlake.connect(one.url, one.key) as there, ThreadPoolExecutor(6) as pool:
+        capture, expected = there.capture("exact"), open_capture(lake / "exact").read("mlp_act")
+        for found in pool.map(lambda _: capture.read("mlp_act"), range(60)):
+            same(found, expected)
+    assert turned and min(turned) >= 1  # Retry-After: 1
 
 
 def test_turned_away_and_then_let_in(between, local, monkeypatch):
