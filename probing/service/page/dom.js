@@ -25,7 +25,8 @@ export function table(caption, columns, rows) {
 
 // A labelled choice. options : [value, text].
 export function choice(label, options, chosen, change) {
-  const select = el("select", { onchange: (event) => change(event.target.value) },
+  // Named here too: a label around a choice is read with all of its options.
+  const select = el("select", { "aria-label": label, onchange: (event) => change(event.target.value) },
     options.map(([value, text]) => el("option", { value, selected: String(value) === String(chosen) }, text)));
   return el("label", { class: "choice", "data-choice": label }, el("span", {}, label), select);
 }

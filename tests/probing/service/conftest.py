@@ -21,6 +21,8 @@ from hiddenlake.probing.train import fit_probe
 
 IDENTITY = {"model": "synthetic/model", "task": "synthetic", "weights": "abc"}
 CELL = {"layer": 1, "position": "exact_answer_last"}
+# A sample's group, and part of its prompt.
+HOSTILE = "<img src=x onerror=alert(1)>"
 START_SECONDS = 60
 
 
@@ -30,6 +32,7 @@ def written_lake(tmp_path_factory, make_capture, store_capture) -> Path:
     FOLDER/grids and FOLDER/probes. Not to be changed: see `lake`."""
     folder = tmp_path_factory.mktemp("page")
     data = consistent(make_capture(n=160, n_layers=3, hidden=8))
+    data.group[3] = HOSTILE
     identities = {"cities": {}, "theirs": {"tenant": "them"}, "other": {"weights": "def"}}
     for name, differs in identities.items():
         store_capture(data, folder / "lake" / name, IDENTITY | differs)
@@ -71,7 +74,7 @@ class Server:
 
     def __init__(self, lake: Path, log: Path, *options: str) -> None:
         begun = time.monotonic()
-        self._log = log
+        self.lake, self._log = lake, log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "hiddenlake.cli", "serve", str(lake), "--port", "0", *options],
