@@ -26,11 +26,16 @@ def is_url(where: object) -> bool:
 
 def check_address(url: str) -> str:
     """An address without a slash at its end. Raises BadInputError, which does not repeat what may be a secret."""
-    parts = urlsplit(url)
-    if parts.username or parts.password or "@" in parts.netloc:
+    what = "the address is not of the form http://HOST:PORT: a key is given as connect(..., key=...)"
+    try:
+        parts = urlsplit(url)
+        plain = parts.hostname and parts.port != 0
+    except ValueError:
+        raise BadInputError(what) from None
+    if "@" in parts.netloc:
         raise BadInputError("the address holds a name or a key: leave it out, and give connect(..., key=...)")
-    if parts.query or parts.fragment or not parts.hostname:
-        raise BadInputError("the address is not of the form http://HOST:PORT: a key is given as connect(..., key=...)")
+    if parts.query or parts.fragment or not plain:
+        raise BadInputError(what)
     return url.rstrip("/")
 
 

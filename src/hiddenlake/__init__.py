@@ -6,6 +6,9 @@
     data = hiddenlake.open_capture("lake/cities").dataset()
     grid = hiddenlake.fit_grid(hiddenlake.open_capture("lake/cities"), "mlp_out")
 
+    lake = hiddenlake.connect("http://localhost:8765")  # `hiddenlake serve lake`; the same interface as connect("lake")
+    data = lake.capture("cities").dataset()
+
 Nothing heavy is imported before it is used: neither torch nor vLLM, nor xarray or zarr.
 """
 

@@ -375,8 +375,11 @@ def test_a_wrong_key(server):
 
 @pytest.mark.parametrize(
     "url",
-    ["http://hl_k@localhost:1", "http://:hl_k@localhost:1", "http://localhost:1/?key=hl_k", "http://localhost:1#hl_k"],
-)
+    [
+        "http://hl_k@localhost:1", "http://:hl_k@localhost:1", "http://localhost:1/?key=hl_k", "http://localhost:1#hl_k",
+        "http://localhost:hl_k", "http://localhost:99999", "http://localhost:0", "http://[hl_k", "http://", "http:///hl_k",
+    ],
+)  # fmt: skip
 def test_a_key_in_the_address_is_refused_and_not_repeated(url):
     with pytest.raises(BadInputError, match="connect\\(..., key=...\\)") as caught:
         hiddenlake.connect(url, "x")
