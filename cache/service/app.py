@@ -187,14 +187,14 @@ def _own(parts: Parts) -> APIRouter:
 
     @router.get("/openapi.json", include_in_schema=False, dependencies=read)
     def openapi(request: Request) -> dict[str, Any]:
-        return request.app.openapi()
+        return _document(request.app)
 
     return router
 
 
 async def _problem(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
-        known = _names(request.app.openapi())
+        known = _names(_document(request.app))
         found = [f"{_where(item['loc'], known)}: {item['msg']}" for item in error.errors()[:3]]
         problem = Problem(422, "bad_input", "; ".join(found), _DESCRIBED)
     elif isinstance(error, HTTPException) and error.status_code == 400:
@@ -206,6 +206,18 @@ async def _problem(request: Request, error: Exception) -> Response:
     else:
         problem = problem_of(error, str(parts_of(request).lake.place))
     return JSONResponse(problem.body(request.state.request_id), problem.status, problem.headers)
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document. FastAPI describes errors by the media type of what a route gives when all is well."""
+    if app.openapi_schema is None:
+        content = {"application/json": {"schema": {"$ref": "#/components/schemas/ProblemBody"}}}
+        for operations in app.openapi()["paths"].values():
+            for operation in operations.values():
+                for status, response in operation["responses"].items():
+                    if int(status) >= 400:
+                        response["content"] = content
+    return app.openapi_schema
 
 
 def _where(place: Iterable[str | int], known: set[str]) -> str:

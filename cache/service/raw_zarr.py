@@ -29,13 +29,17 @@ _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _HELD = 8
 
 
+_CONTENT: dict[str, Any] = {
+    "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    "application/json": {"schema": {}},
+}
 _ROUTE: dict[str, Any] = {
     "path": "/v1/zarr/{name}/{path:path}",
     "summary": "A file of a capture's Zarr group",
     "response_class": Response,
     "responses": {
-        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
-        206: {"description": "The range that was asked for."},
+        200: {"content": _CONTENT},
+        206: {"description": "The range that was asked for.", "content": _CONTENT},
         304: {"description": "It is what `If-None-Match` names."},
     }
     | problems(404, 416, 500, 503),

@@ -196,9 +196,10 @@ def in_process(lake: Path, scope: str | None = "admin", tenant: str | None = Non
     from hiddenlake.cache.service.app import make_app
     from hiddenlake.cache.service.serving import make_parts
     from hiddenlake.cache.service.settings import load_settings
+    from hiddenlake.probing.service.routers import make_routers
 
     parts = make_parts(lake, load_settings(settings)[0])
-    app = make_app(parts)
+    app = make_app(parts, make_routers(lake))
     key = parts.keys.add("tests", scope, tenant) if scope else ""
     headers = {"Authorization": f"Bearer {key}"} if scope else {}
     with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False, headers=headers) as client:
