@@ -49,11 +49,14 @@ class Parts:
     resolver: Resolver
 
 
-def parts_of(request: Request) -> Parts:
+# Dependencies are asynchronous although nothing in them waits: others go through a thread each, at every request.
+
+
+async def parts_of(request: Request) -> Parts:
     return request.app.state.parts
 
 
-def caller_of(request: Request) -> Caller:
+async def caller_of(request: Request) -> Caller:
     """Who asks. The gate has let nobody in whom it does not know."""
     return request.state.caller
 
@@ -65,7 +68,7 @@ By = Annotated[Caller, Depends(caller_of)]
 def need(scope: str) -> Any:
     """A dependency: the caller's key must have this scope."""
 
-    def check(caller: By) -> None:
+    async def check(caller: By) -> None:
         if not caller.may(scope):
             raise Problem(
                 403, "scope", f"this key has no scope `{scope}`", f"ask with a key that was made with `--scope {scope}`"
@@ -79,10 +82,9 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ProblemBody} for status in (401, 403, 408, 413, 421, 422, 429, 500, *statuses)}
 
 
-def known_query(request: Request) -> None:
+async def known_query(request: Request) -> None:
     """A dependency: a query string holds what the route knows, each once. A misspelt `layer` would else mean all layers."""
-    route = request.scope["route"]
-    known = {p.alias: p.field_info.annotation for p in get_flat_dependant(route.dependant).query_params}
+    known = _query_of(request.scope["route"].dependant)
     names = [name for name, _ in request.query_params.multi_items()]
     if unknown := set(names) - known.keys():
         raise Problem(
@@ -92,6 +94,18 @@ def known_query(request: Request) -> None:
     for name in set(names):
         if names.count(name) > 1 and "list" not in str(known[name]):
             raise Problem(422, "bad_input", f"query parameter `{name}` is there twice", "give it once")
+
+
+def _query_of(dependant: Any) -> dict[str, Any]:
+    """name -> type of a route's query parameters. Worked out once for each."""
+    found = _QUERIES.get(id(dependant))
+    if found is None or found[0] is not dependant:
+        known = {p.alias: p.field_info.annotation for p in get_flat_dependant(dependant).query_params}
+        found = _QUERIES[id(dependant)] = (dependant, known)
+    return found[1]
+
+
+_QUERIES: dict[int, tuple[Any, dict[str, Any]]] = {}
 
 
 def make_app(
@@ -204,7 +218,7 @@ async def _problem(request: Request, error: Exception) -> Response:
         kind = {404: "not_found", 405: "method"}.get(error.status_code, "http")
         problem = Problem(error.status_code, kind, str(error.detail), _NOT_FOUND, headers=dict(error.headers or {}))
     else:
-        problem = problem_of(error, str(parts_of(request).lake.place))
+        problem = problem_of(error, str((await parts_of(request)).lake.place))
     return JSONResponse(problem.body(request.state.request_id), problem.status, problem.headers)
 
 

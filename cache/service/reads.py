@@ -1,9 +1,12 @@
 """Routes that give activations."""
 
+import os
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query
 from fastapi.exceptions import RequestValidationError
@@ -70,7 +73,7 @@ async def read_cell(
 
 
 async def _answer(request: ReadRequest, parts: Parts, caller: Caller) -> Response:
-    reading, blocks, first = await run_sync(_begin, request, parts, caller)
+    reading, blocks, first = await run_sync(_begin, request, parts, caller, limiter=_limiter(_readers(parts)))
     headers = {
         "Content-Length": str(reading.nbytes),
         wire.SHAPE: ",".join(map(str, reading.shape)),
@@ -80,15 +83,46 @@ async def _answer(request: ReadRequest, parts: Parts, caller: Caller) -> Respons
     if reading.commits is not None:
         headers[wire.COMMITS] = reading.commits
 
+    if len(reading.head) + (0 if first is None else len(first)) == reading.nbytes:
+        return _Whole(reading.head, first, headers, _MEDIA[request.format])
+
     async def body() -> AsyncIterator[bytes | memoryview]:
         if reading.head:
             yield reading.head
         block = first
         while block is not None:
             yield block
-            block = await run_sync(_next, blocks, parts)
+            block = await run_sync(_next, blocks, parts, limiter=_limiter(_readers(parts)))
 
     return StreamingResponse(body(), headers=headers, media_type=_MEDIA[request.format])
+
+
+class _Whole(Response):
+    """An answer of which everything is there."""
+
+    def __init__(self, head: bytes, block: memoryview | None, headers: dict[str, str], media_type: str) -> None:
+        super().__init__(None, 200, headers, media_type)
+        self._parts = [part for part in (head, block) if part]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for part in self._parts[:-1]:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": self._parts[-1] if self._parts else b""})
+
+
+def _readers(parts: Parts) -> int:
+    """Reads at once: as many as there are cores, which more would only wait for, and what is far away as many as it is worth.
+
+    (64 clients, 4 MB each, two cores: 231 a second by 2 threads, 181 by 40.)
+    """
+    place = parts.lake.place
+    return place.parallel if "://" in str(place) else max(2, len(os.sched_getaffinity(0)))
+
+
+@lru_cache
+def _limiter(readers: int) -> CapacityLimiter:
+    return CapacityLimiter(readers)
 
 
 def _begin(
