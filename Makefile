@@ -3,6 +3,7 @@
 # make setup   a pinned environment in .venv (minutes the first time, seconds while the pins stay the same)
 # make test    setup, then the whole test suite
 # make demo    setup, then the main job: generate, capture, probe, draw, into demo/
+# make demo-serve   setup, then the page on what the demo has made, until Ctrl-C: it prints the address and a key
 # make clean   what the others built, .venv included
 
 PYTHON ?= python3.11
@@ -13,7 +14,7 @@ STAMP := .venv/.setup-$(shell cat $(PINS) | sha256sum | cut -c1-16)
 PIP := .venv/bin/python -m pip --disable-pip-version-check install
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup test demo clean
+.PHONY: setup test demo demo-serve clean
 
 setup: $(STAMP)
 
@@ -51,6 +52,10 @@ test: setup
 
 demo: setup
 	.venv/bin/hiddenlake demo --out demo
+
+demo-serve: setup
+	@test -d demo/lake || { echo "make: there is no demo yet: make demo" >&2; exit 1; }
+	.venv/bin/hiddenlake serve demo/lake
 
 clean:
 	rm -rf .venv demo build dist .pytest_cache .hypothesis src/hiddenlake.egg-info

@@ -130,5 +130,8 @@ def _print(summary: dict[str, Any], out: Path) -> None:
         table.add_row("  largest gap bound", f"{found['max_gap_bound']:.2e}")
         table.add_row("  picture", str(out / f"{site}.png"))
     table.add_row("report", str(out / "report.html"))
+    # `make demo` made `demo`, and has a word for it.
+    again = "make demo-serve, which is " if out == Path("demo") else ""
+    table.add_row("page", f"{again}hiddenlake serve {out / 'lake'}")
     # a file or a pipe has no width: nothing is to be cut there
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
