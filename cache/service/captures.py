@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from hiddenlake.cache.errors import HiddenlakeError
 from hiddenlake.cache.service.app import By, With, need, problems
 from hiddenlake.cache.service.problems import Problem, no_such, problem_of
-from hiddenlake.cache.service.samples import Filter, find_samples, find_tokens, sample_row
+from hiddenlake.cache.service.samples import Filter, find_samples, find_tokens, plain, sample_row
 from hiddenlake.cache.service.tables import label_parquet, sample_parquet
 from hiddenlake.cache.store.catalog import describe, facts
 
@@ -79,7 +79,7 @@ def get_capture(name: str, parts: With, caller: By) -> dict[str, Any]:
     capture = parts.lake.capture(name, caller)
     found = describe(capture) | {"snapshot": capture.snapshot.name, "labels": sorted(capture.labels())}
     del found["path"]
-    return found
+    return plain(found)
 
 
 @router.get("/v1/captures/{name}/samples", summary="Samples, filtered", responses=problems(404, 409, 500, 503))

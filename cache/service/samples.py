@@ -58,7 +58,7 @@ def find_samples(capture: Capture, chosen: Filter, offset: int, limit: int) -> t
     page = table.take(pa.array(rows[offset : offset + limit], pa.int64())).drop_columns(_INNER).to_pylist()
     for sample, row in zip(page, rows[offset : offset + limit].tolist(), strict=True):
         sample["row"] = row
-        sample["labels"] = {name: _plain(values[row]) for name, values in labels.items()}
+        sample["labels"] = {name: plain(values[row]) for name, values in labels.items()}
         _finish(capture, sample)
     return len(rows), page
 
@@ -132,20 +132,22 @@ def _column(table: "pyarrow.Table", labels: dict[str, Any], name: str) -> Iterat
 
 
 def _text(value: Any) -> str:
-    value = _plain(value)
+    value = plain(value)
     return (
         {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
     )
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it, whatever a user's label holds: what is not a number is null, bytes are hex digits."""
+def plain(value: Any) -> Any:
+    """As JSON has it, whatever a user's label holds: what is not a number is null, bytes are hex digits, half a character is `?`."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return {plain(name): plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
     if isinstance(value, bytes):
         return value.hex()
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -158,4 +160,4 @@ def _finish(capture: Capture, sample: dict[str, Any]) -> None:
     sample["positions"] = {
         name: special.get(token, token) for name, token in zip(capture.coverage.positions, index, strict=True)
     }
-    sample["logprobs"] = [_plain(value) for value in sample["logprobs"]]
+    sample["logprobs"] = [plain(value) for value in sample["logprobs"]]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hiddenlake.cache.errors import CorruptError, IdentityError, StoreError
+from hiddenlake.cache.identity import canonical_json
 from hiddenlake.cache.store import metadata
 from hiddenlake.cache.store.backend import Backend
 from hiddenlake.cache.store.coverage import EMBED, Coverage
@@ -199,6 +200,7 @@ def _check(root: Root) -> None:
     for name in ("identity", "provenance"):
         if not isinstance(getattr(root, name), dict):
             raise ValueError(f"{name} is {getattr(root, name)!r}: expected an object")
+    canonical_json(root.identity)  # raises for NaN, of which there is no digest
 
 
 _MISSING = object()
