@@ -1,7 +1,10 @@
 """The page in a real Chromium, over a real server: what a reader sees, by pointer and by keyboard, and what leaves the page."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -351,3 +354,41 @@ def test_figures_follow_the_colours(reader):
     light = page.evaluate(colour)
     page.emulate_media(color_scheme="dark")
     page.wait_for_function(f"{colour} !== '{light}'")
+
+
+@pytest.fixture
+def worker(server, tiny_model, tmp_path):
+    options = "--engine transformers --max-prompt 64 --max-new-tokens 16 --sites mlp_out --shard-samples 4 --publish 0.2 --buffer-bytes 64MiB"
+    with (tmp_path / "worker").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hiddenlake.cli", "worker", str(server.lake), "--model", str(tiny_model), *options.split()],
+            stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    yield process
+    process.terminate()
+    process.wait(60)
+
+
+@pytest.mark.slow
+def test_a_job_is_followed_to_its_end(reader, server, worker):
+    one = reader()
+    page = one.open()
+    page.get_by_role("link", name="Jobs").click()
+    page.get_by_text("Nothing was asked for").wait_for()
+    ask = {
+        "inputs": [{"messages": [{"role": "user", "content": f"Name the number {i}."}]} for i in range(6)],
+        "sites": ["mlp_out"], "positions": ["last_q", "-1"], "generation": {"max_new_tokens": 4},
+    }  # fmt: skip
+    for _ in range(240):  # until the worker has said what it can compute
+        answer = httpx.post(f"{server.url}/v1/activations:resolve", json=ask, auth=("", server.key), timeout=60)
+        if answer.status_code == 202:
+            break
+        assert worker.poll() is None
+        page.wait_for_timeout(500)
+    job = answer.json()["job"]
+    row = page.locator("tbody tr", has_text=job)
+    row.wait_for()
+    assert row.locator("progress").get_attribute("max") == "6"
+    row.get_by_text("6 of 6").wait_for(timeout=120_000)
+    page.locator("tbody tr", has_text=job).get_by_text("done").wait_for()
+    assert row.locator("progress").evaluate("e => e.value") == 6
