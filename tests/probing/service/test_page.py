@@ -219,6 +219,8 @@ def test_a_cell_a_sample_and_back(reader):
     assert f"ECE {cell['calibration']['ece']:.3f}" in page.locator("#cell").inner_text()
     worst = page.locator("#cell .examples li").first
     assert worst.locator("strong").inner_text() == f"{cell['alarms'][0]['probability']:.3f}"
+    answer = one.get(f"/v1/captures/cities/samples/{cell['alarms'][0]['key']}")["answer"]
+    assert worst.locator(".answer").inner_text().replace("exact answer:", "").strip() == answer
     drawn = page.locator("#cell .plot").first.evaluate("e => e.data.at(-1).x")
     assert drawn == cell["roc"]["false"]
     worst.get_by_role("link").click()
