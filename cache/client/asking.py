@@ -95,6 +95,7 @@ class Ask:
     """One request, safe to be sent again.
 
     path : below the service's address.  body : sent as JSON.  sink : takes the body of a good answer.
+    good : statuses of one.
     """
 
     method: str
@@ -102,6 +103,7 @@ class Ask:
     params: dict[str, Any] = field(default_factory=dict)
     body: dict[str, Any] | None = None
     sink: Sink = field(default_factory=Collect)
+    good: tuple[int, ...] = (200,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ def ask(request: Ask) -> Steps:
     start = time.monotonic()
     for attempt in range(1, ATTEMPTS + 1):
         found: Answer | Failure = yield request
-        if isinstance(found, Answer) and found.status == 200:
+        if isinstance(found, Answer) and found.status in request.good:
             return found.value
         wait = _wait(found, attempt)
         if wait is None or time.monotonic() - start + wait > PATIENCE_SECONDS:

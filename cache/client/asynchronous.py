@@ -9,6 +9,7 @@ import numpy as np
 from hiddenlake.cache.client.connection import AsyncConnection, Connection, is_url
 from hiddenlake.cache.client.moment import RemoteMoment, ask_moment
 from hiddenlake.cache.client.remote import RemoteCapture, ask_captures, ask_labels
+from hiddenlake.cache.client.resolving import Input, Resolved, ask_resolve, resolve_body
 from hiddenlake.cache.errors import BadInputError
 from hiddenlake.cache.store.coverage import Coverage
 from hiddenlake.cache.store.moment import Dtype
@@ -116,6 +117,10 @@ class AsyncLake:
     async def capture(self, name: str) -> AsyncCapture:
         """As `Lake.capture`."""
         return AsyncCapture(self.connection, await self.connection.run(ask_moment(self._blocking, name)))
+
+    async def resolve(self, inputs: Iterable[Input], *, patience: float = 3600.0, **asked: Any) -> Resolved:
+        """As `RemoteLake.resolve`."""
+        return await self.connection.run(ask_resolve(resolve_body(inputs, **asked), patience))
 
     async def close(self) -> None:
         await self.connection.close()

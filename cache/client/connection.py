@@ -88,8 +88,9 @@ class _Connection:
 
     def _take(self, ask: Ask, name: str, response: Any) -> Any:
         """Where the body goes. Raises StoreError for the answer to another question."""
-        sink = ask.sink if response.status_code == 200 else Collect()
-        if response.status_code == 200 and response.headers.get(wire.REQUEST_ID) != name:
+        good = response.status_code in ask.good
+        sink = ask.sink if good else Collect()
+        if good and response.headers.get(wire.REQUEST_ID) != name:
             raise StoreError(
                 f"{self.url} answered another request than this one: see whether it is the address of `hiddenlake serve`, "
                 f"and whether something in between keeps answers"

@@ -1,11 +1,13 @@
 """Lakes: in a folder or a bucket, or behind a service, with one interface."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from hiddenlake.cache.client.connection import Connection, is_url
 from hiddenlake.cache.client.moment import ask_moment
 from hiddenlake.cache.client.remote import RemoteCapture, ask_captures
+from hiddenlake.cache.client.resolving import Input, Resolved, ask_resolve, resolve_body
 from hiddenlake.cache.errors import BadInputError, StoreError
 from hiddenlake.cache.store.backend import open_backend
 from hiddenlake.cache.store.catalog import captures_of, list_captures
@@ -72,6 +74,35 @@ class RemoteLake:
 
     def capture(self, name: str) -> RemoteCapture:
         return RemoteCapture(self.connection.run(ask_moment(self.connection, name)))
+
+    def resolve(
+        self,
+        inputs: Iterable[Input],
+        *,
+        model: str | None = None,
+        sites: Iterable[str] | None = None,
+        layers: Iterable[int] | None = None,
+        positions: Iterable[str | int] | None = None,
+        generation: Mapping[str, Any] | None = None,
+        only_if_cached: bool = False,
+        patience: float = 3600.0,
+    ) -> Resolved:
+        """Where the activations of these prompts lie; what is not there is computed first, and waited for.
+
+        inputs : texts, lists of chat messages, or dicts as the service takes them (`token_ids`, `answer`, ...).
+        model : name or id; may be left out where there is one.
+        sites, layers : all that the model's workers tap, by default.  positions : last_q, first_answer and -1 by default.
+        generation : max_new_tokens, temperature, top_p, top_k, seed, stop, samples; None where nothing is generated.
+        only_if_cached : compute nothing: what is not there is an UnknownNameError.
+        patience : seconds.
+
+        Raises BadInputError, UnknownNameError, StoreError.
+        """
+        body = resolve_body(
+            inputs, model=model, sites=sites, layers=layers, positions=positions, generation=generation,
+            only_if_cached=only_if_cached,
+        )  # fmt: skip
+        return self.connection.run(ask_resolve(body, patience))
 
     def close(self) -> None:
         """Let go of the connections. What is used later makes new ones."""

@@ -270,7 +270,7 @@ def test_tenants_do_not_learn_of_each_other(served):
         ({"sites": ["attn_out"]}, 422, "bad_input"),
         ({"layers": [99]}, 422, "bad_input"),
         ({"positions": ["exact_answer_last"]}, 422, "bad_input"),
-        ({"positions": ["nowhere"]}, 409, "not_captured"),
+        ({"positions": ["nowhere"]}, 422, "bad_input"),
         ({"generation": {"max_new_tokens": 65}}, 413, "too_long"),
         ({"generation": {"samples": 2}}, 422, "bad_input"),
         ({"generation": {"samples": 1000, "temperature": 1, "max_new_tokens": 64}, "inputs": [{"text": "a"}] * 2}, 413, "too_many_inputs"),
@@ -344,3 +344,35 @@ def test_a_stopped_worker_finishes_what_it_has(served, tiny_model, tmp_path):
     assert other.stop() == 0, other.text()[-2000:]
     asking.join()
     assert len(entries(done[0])) == 60
+
+
+def test_a_client_resolves_and_reads(served):
+    import asyncio
+
+    import hiddenlake
+
+    texts = ["The river Po runs through", "The river Ebro runs through"]
+    asked = {"model": "tiny", "layers": [0, 2], "positions": ["last_q", -2]}
+    with hiddenlake.connect(served.url, served.key) as lake:
+        with pytest.raises(hiddenlake.HiddenlakeError, match="2 of 2 answers are not there"):
+            lake.resolve(texts, only_if_cached=True, **asked)
+        found = lake.resolve([texts[0], {"text": texts[1]}], **asked)
+        assert [entry.input for entry in found.entries] == [0, 1] and found.layers == (0, 2)
+        [name] = {entry.capture for entry in found.entries}
+        capture = lake.capture(name)
+        rows = capture.read("mlp_out", 2, "last_q", [entry.sample for entry in found.entries])
+        assert rows.shape == (2, 128) and np.isfinite(rows).all()
+        prompts = capture.samples().to_pylist()
+        assert {row["prompt"] for row in prompts} >= set(texts)
+        chats = lake.resolve([chat("Name a river.")["messages"]], generation={"max_new_tokens": 3}, **asked)
+        assert len(chats.entries) == 1
+        with pytest.raises(hiddenlake.HiddenlakeError, match="still being computed after 0 seconds"):
+            lake.resolve(["A text that nobody has asked about yet"], patience=0.0, **asked)
+        with pytest.raises(hiddenlake.HiddenlakeError, match="there is no such model"):
+            lake.resolve(texts, model="nobody")
+
+    async def again():
+        async with hiddenlake.connect_async(served.url, served.key) as lake:
+            return await lake.resolve(texts, only_if_cached=True, **asked)
+
+    assert asyncio.run(again()) == found
