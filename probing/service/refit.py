@@ -10,7 +10,6 @@ import sys
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,14 +105,6 @@ class Refits:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             )  # fmt: skip
         return self._child
-
-    def close(self) -> None:
-        """End the child, also in the middle of a cell."""
-        if self._child is not None:
-            with suppress(OSError):
-                self._child.kill()
-            self._child.wait()
-        self._pool.shutdown(cancel_futures=True)
 
 
 def as_text(array: np.ndarray) -> dict[str, Any]:
