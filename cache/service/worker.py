@@ -1,5 +1,6 @@
 """Worker: an engine that computes what is asked for, until it is told to stop."""
 
+import os
 import secrets
 import signal
 import threading
@@ -39,6 +40,9 @@ _OPEN_CAPTURES = 4
 
 # A capture is left when nothing came for it for so long.
 _LEFT_SECONDS = 30.0
+
+# How a worker ends that could not finish what it had.
+_DRAINED = 75
 
 # Any prompt will do.
 _CANARY = "Which country is the city of Paris in?"
@@ -317,6 +321,10 @@ def work_on(lake: str | Path, model: str, settings: Settings, ready: Callable[[O
     def end(number: int, frame: Any) -> None:
         worker.stop.set()
         signal.signal(number, signal.SIG_DFL)
+        # What has not ended by then is another worker's, once this process is gone.
+        timer = threading.Timer(settings.drain, os._exit, (_DRAINED,))
+        timer.daemon = True
+        timer.start()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)

@@ -376,3 +376,25 @@ def test_a_client_resolves_and_reads(served):
             return await lake.resolve(texts, only_if_cached=True, **asked)
 
     assert asyncio.run(again()) == found
+
+
+def test_a_worker_that_does_not_finish_in_time_leaves_its_work_to_others(served, tiny_model, tmp_path):
+    lake = tmp_path / "lake"
+    lake.mkdir()
+    key = add_key(lake, "tests", "admin")
+    from .conftest import Served
+
+    server = Served(lake, tmp_path / "server", key, ("--lease", "60")).start()
+    slow = WorkerProcess(lake, tiny_model, tmp_path / "slow", "--drain", "0.2", "--lease", "60").wait_ready()
+    try:
+        body = {"inputs": [chat(f"Count to {i}.") for i in range(40)], "generation": {"max_new_tokens": 64}}
+        job = server.http.post("/v1/activations:resolve", json=body).json()["job"]
+        while not server.http.get(f"/v1/jobs/{job}").json()["leased"]:
+            time.sleep(0.02)
+        assert slow.stop() == 75
+        other = WorkerProcess(lake, tiny_model, tmp_path / "other").wait_ready()
+        assert server.http.post("/v1/activations:resolve", json=body | {"wait": 60}).status_code == 200
+        assert other.stop() == 0
+    finally:
+        server.stop()
+        slow.process.kill()
