@@ -19,8 +19,8 @@ from hiddenlake.cache.service.resolving import Answer
 
 router = APIRouter(tags=["computing"])
 
-# How often a job that somebody waits for is looked at.
-_TICK_SECONDS = 0.05
+# How soon a job that somebody waits for is looked at again: sooner in the beginning.
+_FIRST_SECONDS, _MOST_SECONDS = 0.05, 0.5
 _EVENT_SECONDS = 0.25
 
 
@@ -62,11 +62,13 @@ async def resolve(request: ResolveRequest, response: Response, parts: With, call
     """
     deadline = time.monotonic() + min(request.wait, parts.settings.max_wait)
     offer, plan, answers, job = await run_sync(_begin, request, parts, caller)
+    tick = _FIRST_SECONDS
     while job is not None and time.monotonic() < deadline:
         if (await run_sync(parts.jobs.get, job, caller)).state != "running":
             offer, plan, answers = await run_sync(parts.resolver.look, request, caller)
             break
-        await asyncio.sleep(_TICK_SECONDS)
+        await asyncio.sleep(max(0.0, min(tick, deadline - time.monotonic())))
+        tick = min(_MOST_SECONDS, tick * 1.5)
     if all(answer.place for answer in answers):
         return _resolved(offer, plan, answers, None)
     found = await run_sync(parts.jobs.get, job, caller)

@@ -148,6 +148,10 @@ class Database:
         # Numbers of two connections cannot be compared.
         return self._local.number, connection.execute("PRAGMA data_version").fetchone()[0]
 
+    def tidy(self) -> None:
+        """Have nothing that was deleted left in the write-ahead log. Does what it can while others read."""
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def close(self) -> None:
         """This thread's connection."""
         if connection := getattr(self._local, "connection", None):

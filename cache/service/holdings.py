@@ -9,7 +9,6 @@ from hiddenlake.cache.service.database import Database
 from hiddenlake.cache.service.lake import Lake
 from hiddenlake.cache.service.plans import TASK
 from hiddenlake.cache.store.removal import remove_capture
-from hiddenlake.cache.store.usage import usage
 
 # What was used so lately is not removed: somebody may be about to read what he was just told of.
 _JUST_USED_SECONDS = 60.0
@@ -85,10 +84,10 @@ class Holdings:
         return gone
 
     def _computed(self) -> Iterator[tuple[str, int]]:
-        """(name, bytes on the disk) of the captures that a service has made."""
+        """(name, bytes that are committed) of the captures that a service has made."""
         for name, capture in self._lake.all():
             if capture.identity.get("task") == TASK:
-                yield name, usage(capture.place)[0]["bytes"]
+                yield name, capture.nbytes
 
     def _evictable(self) -> list[tuple[str, int, float]]:
         """(name, bytes, when it was used last)."""

@@ -2,11 +2,15 @@
 
 import logging
 import threading
+import time
 
 from hiddenlake.cache.service.app import Parts
 from hiddenlake.cache.service.logs import event, logger
 
 _SECONDS = 1.0
+
+# Prompts that were computed are out of the database's files after this.
+_TIDY_SECONDS = 30.0
 
 
 class Keeper:
@@ -25,9 +29,13 @@ class Keeper:
         self._thread.join()
 
     def _run(self) -> None:
+        tidied = time.monotonic()
         while not self._ended.wait(_SECONDS):
             try:
                 self.keep()
+                if time.monotonic() - tidied > _TIDY_SECONDS:
+                    self._parts.database.tidy()
+                    tidied = time.monotonic()
             except Exception:  # what fails now is tried again; the server goes on answering
                 logger.exception("keeping failed")
         self._parts.database.close()

@@ -139,13 +139,16 @@ class Work:
 
     def give_up(self, patience: float) -> int:
         """Fail what has waited so many seconds while no worker of its model lived. Returns how much."""
+        now, boot = clock.now(), clock.boot()
         with self._database.write() as cursor:
+            # After a boot everything begins to wait anew: workers take a while to start.
             cursor.execute(
-                "UPDATE work SET state = 'failed', ids = NULL, worker = NULL, lease = NULL,"
-                " cause = 'no worker of this model came to compute it'"
-                " WHERE (state = 'pending' OR (state = 'leased' AND (lease < ? OR boot != ?))) AND (enqueued < ? OR boot != ?)"
-                " AND model NOT IN (SELECT id FROM models WHERE seen >= ?)",
-                (clock.now(), clock.boot(), clock.now() - patience, clock.boot(), time.time() - patience),
+                "UPDATE work SET boot = ?, enqueued = ? WHERE state = 'pending' AND boot != ?", (boot, now, boot)
+            )
+            cursor.execute(
+                "UPDATE work SET state = 'failed', ids = NULL, cause = 'no worker of this model came to compute it'"
+                " WHERE state = 'pending' AND enqueued < ? AND model NOT IN (SELECT id FROM models WHERE seen >= ?)",
+                (now - patience, time.time() - patience),
             )
             return cursor.rowcount
 

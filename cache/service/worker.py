@@ -3,6 +3,7 @@
 import os
 import secrets
 import signal
+import sqlite3
 import threading
 import time
 from collections import OrderedDict
@@ -110,7 +111,10 @@ class Worker:
 
     def _beat(self) -> None:
         while not self._ended.wait(self.settings.lease / 4):
-            self.work.beat(self.id, self.settings.lease, self._engine.ring_used)
+            try:
+                self.work.beat(self.id, self.settings.lease, self._engine.ring_used)
+            except sqlite3.Error as error:  # one that is missed is no death: the lease is four of them
+                event("beat missed", worker=self.id, kind=type(error).__name__)
 
     def _turn(self, group: Group) -> None:
         """Work on one group until there is no more of it, or it must give way."""
@@ -195,10 +199,10 @@ class _Turn(Watcher):
             self._writer.flush()
             self.published()
         except HiddenlakeError as error:
-            # The engine is asked whether it still stands by the next turn; the capture is opened again.
+            # The engine has ended, or goes on with what cannot be stored any more: a worker begins anew after that.
             event("turn failed", worker=worker.id, capture=self._name, kind=type(error).__name__)
             self._settle()
-            cause = f"{type(error).__name__} while it was stored"
+            cause = str(error).replace(f"{worker.lake}/", "")
             worker.work.finish(worker.id, (), [(one, cause) for one in self._taken.values()])
             worker.drop_writer(self._name)
             raise
