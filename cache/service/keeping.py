@@ -26,7 +26,8 @@ class Keeper:
 
     def stop(self) -> None:
         self._ended.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _run(self) -> None:
         tidied = time.monotonic()

@@ -80,19 +80,24 @@ def serve(
     server = uvicorn.Server(config)
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    if ready is not None:
-        ready(url, temporary)
-    event("listening", url=url)
     keeper = Keeper(parts)
-    keeper.start()
+    # uvicorn ends its work, and then sends itself the signal again: what runs beside it is ended after that.
+    signal.signal(signal.SIGTERM, _leave)
     try:
+        if ready is not None:
+            ready(url, temporary)
+        event("listening", url=url)
+        keeper.start()
         server.run(sockets=[listening])
     finally:
         keeper.stop()
         parts.resolver.close()
         with suppress(OSError):
             listening.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, frame: Any) -> None:
+    raise SystemExit(0)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -107,7 +107,7 @@ def test_every_answer_is_computed_once_and_is_the_same_for_all(tmp_path, tiny_mo
             worker.process.kill()
             worker.process.wait()
         status = server.stop()
-    assert status in (0, -15) and len(killed) == KILLS
+    assert status == 0 and len(killed) == KILLS
     assert len(histories) == CLIENTS and all(len(history) == PROMPTS for history in histories)
 
     # Each prompt has one key, and each key one place and the same bytes, whoever asked and whenever.

@@ -23,7 +23,7 @@ def test_it_answers_and_ends_by_sigterm(server, serve):
     one = serve(server.lake, key=server.key)
     assert one.http.get("/v1/captures").status_code == 200
     start = time.monotonic()
-    assert one.stop() in (0, -15)
+    assert one.stop() == 0
     assert time.monotonic() - start < 10
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{one.url}/healthz")
