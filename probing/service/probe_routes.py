@@ -3,10 +3,15 @@
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from hiddenlake.cache.service.app import By, With, need, problems
+from hiddenlake.cache.identity import model_key
+from hiddenlake.cache.service.app import By, Parts, With, need, problems
+from hiddenlake.cache.service.asked import Generation, Input, Resolved, ResolveRequest
+from hiddenlake.cache.service.computing import resolve
+from hiddenlake.cache.service.keys import Caller
 from hiddenlake.cache.service.problems import Problem
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.probing.probe import Probe, different_fields, probability_of, score_rows
@@ -60,6 +65,34 @@ class Scores(BaseModel):
     differs: list[str] = Field(description="The fields of the identity in which they differ.")
 
 
+class PromptsRequest(BaseModel):
+    """Prompts, stored or new, that a probe scores."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    inputs: tuple[Input, ...] = Field(min_length=1, max_length=100_000)
+    generation: Generation | None = Field(None, description="As for resolve: without it prompts, and answers, are fed.")
+    only_if_cached: bool = False
+    wait: float = Field(0.0, ge=0, le=3600, description="Seconds to wait for what is computed.", allow_inf_nan=False)
+
+
+class PromptScore(BaseModel):
+    """One answer's score. null : it has no token at the probe's position."""
+
+    input: int
+    sample_index: int
+    capture: str
+    sample: str
+    score: float | None = Field(description="Log-odds of the positive class.")
+    probability: float | None
+
+
+class PromptScores(BaseModel):
+    probe: str
+    positive_class: str
+    scores: list[PromptScore]
+
+
 def probe_routes(findings: Findings) -> APIRouter:
     router = APIRouter(tags=["probes"], dependencies=[need("read")])
 
@@ -101,7 +134,50 @@ def probe_routes(findings: Findings) -> APIRouter:
             differs=differs,
         )
 
+    @router.post(
+        "/v1/probes/{probe}:resolve",
+        summary="Score prompts, computed where they are not stored",
+        responses={200: {"model": PromptScores}, 202: {"model": Resolved, "description": "Some are being computed."}}
+        | problems(404, 409, 413, 424, 503, 507),
+    )
+    async def score_prompts(
+        probe: str, request: PromptsRequest, response: Response, parts: With, caller: By
+    ) -> PromptScores | Resolved:
+        """`POST /v1/activations:resolve` of the probe's cell, by the model that it was fitted on, and its scores."""
+        found = await run_sync(findings.probe, probe, caller)
+        asked = ResolveRequest(
+            model=model_key(found.identity), sites=(found.site,), layers=None if found.layer < 0 else (found.layer,),
+            positions=(found.position,), **{name: getattr(request, name) for name in PromptsRequest.model_fields},
+        )  # fmt: skip
+        resolved = await resolve(asked, response, parts, caller)
+        if resolved.state != "complete":
+            return resolved
+        return await run_sync(_prompt_scores, probe, found, resolved, parts, caller)
+
     return router
+
+
+def _prompt_scores(name: str, probe: Probe, resolved: Resolved, parts: Parts, caller: Caller) -> PromptScores:
+    """Of answers that are all there."""
+    odds = np.full(len(resolved.entries), np.nan)
+    for capture in {entry.capture for entry in resolved.entries}:
+        mine = [i for i, entry in enumerate(resolved.entries) if entry.capture == capture]
+        opened = parts.lake.fresh(capture, caller, resolved.entries[mine[-1]].sample)
+        at = at_one_moment(opened)
+        odds[mine] = score_rows(probe, at, _rows(at, tuple(resolved.entries[i].sample for i in mine)))
+    return PromptScores(
+        probe=name,
+        positive_class=probe.positive_class,
+        scores=[
+            PromptScore(
+                input=entry.input, sample_index=entry.sample_index, capture=entry.capture, sample=entry.sample,
+                score=score, probability=probability,
+            )
+            for entry, score, probability in zip(
+                resolved.entries, _numbers(odds), _numbers(probability_of(odds)), strict=True
+            )
+        ],
+    )  # fmt: skip
 
 
 def _rows(capture: Capture, samples: tuple[str | int, ...] | None) -> np.ndarray:

@@ -398,3 +398,33 @@ def test_a_worker_that_does_not_finish_in_time_leaves_its_work_to_others(served,
     finally:
         server.stop()
         slow.process.kill()
+
+
+def test_a_probe_scores_prompts_that_nobody_has_captured(served):
+    from hiddenlake.probing.probe import Probe
+
+    identity = open_capture(served.lake / "cities").identity
+    coef = np.random.default_rng(0).normal(size=128)
+    probe = Probe(
+        site="mlp_out", layer=1, position="last_q", label="correct", positive_class="wrong", identity=identity,
+        coef=coef, intercept=0.25, fit={},
+    )  # fmt: skip
+    (served.lake / "probes").mkdir()
+    probe.save(served.lake / "probes" / "known.safetensors")
+    inputs = [chat("Which country is the city of Bergen in?"), chat(CityTask.questions[1].question)]
+    how = {"generation": {"max_new_tokens": 6}}
+    post = lambda **more: served.http.post("/v1/probes/known:resolve", json={"inputs": inputs, **how, **more})
+    problem(post(only_if_cached=True), 404, "not_cached")
+    found = post(wait=60)
+    assert found.status_code == 200, found.text
+    body = found.json()
+    assert body["positive_class"] == "wrong" and [s["input"] for s in body["scores"]] == [0, 1]
+    assert [s["capture"] == "cities" for s in body["scores"]] == [False, True]
+    for score in body["scores"]:
+        x = read(served, score, site="mlp_out", layers=[1], positions=["last_q"])["activations"].ravel()
+        assert score["score"] == pytest.approx(float(x.astype(np.float64) @ coef + 0.25), rel=1e-6)
+        assert score["probability"] == pytest.approx(1 / (1 + np.exp(-score["score"])))
+    assert post(only_if_cached=True).json() == body
+    assert (
+        served.http.post("/v1/probes/known:resolve", json={"inputs": [chat("And where is Narvik?")]}).status_code == 202
+    )
