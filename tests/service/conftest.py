@@ -129,7 +129,7 @@ class Served:
             if " at http://" in (text := self.text()):
                 self.url = text.split(" at ")[1].split()[0]
                 try:
-                    httpx.get(f"{self.url}/healthz").raise_for_status()
+                    httpx.get(f"{self.url}/healthz", timeout=60).raise_for_status()
                     break
                 except httpx.TransportError:
                     pass

