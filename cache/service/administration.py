@@ -31,7 +31,7 @@ def unpin(name: str, parts: With, caller: By) -> Response:
     return Response(status_code=204)
 
 
-@router.delete("/v1/captures/{name}", summary="Remove a capture", status_code=204, responses=problems(404, 503))
+@router.delete("/v1/captures/{name}", summary="Remove a capture", status_code=204, responses=problems(404, 409, 503))
 def remove(name: str, parts: With, caller: By) -> Response:
     """Not one that is pinned, or being written. Who reads it meanwhile gets an error, and never other numbers."""
     parts.lake.capture(name, caller)

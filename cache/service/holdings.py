@@ -4,11 +4,12 @@ import threading
 import time
 from collections.abc import Iterator
 
-from hiddenlake.cache.errors import HiddenlakeError, StoreError
+from hiddenlake.cache.errors import HiddenlakeError
 from hiddenlake.cache.service.database import Database
 from hiddenlake.cache.service.lake import Lake
 from hiddenlake.cache.service.plans import TASK
-from hiddenlake.cache.store.removal import remove_capture
+from hiddenlake.cache.service.problems import Problem
+from hiddenlake.cache.store.removal import living_writers, remove_capture
 
 # What was used so lately is not removed: somebody may be about to read what he was just told of.
 _JUST_USED_SECONDS = 60.0
@@ -52,10 +53,20 @@ class Holdings:
         return {row["capture"] for row in self._database.read("SELECT capture FROM held WHERE pinned")}
 
     def remove(self, name: str) -> None:
-        """Remove a capture. Raises StoreError where it is pinned, or being written."""
+        """Remove a capture. Raises Problem (409) where it is pinned, or being written."""
         if name in self.pinned():
-            raise StoreError(f"{name} is pinned: unpin it first")
-        remove_capture(self._lake.place.child(name))
+            raise Problem(409, "pinned", "the capture is pinned", "unpin it first")
+        place = self._lake.place.child(name)
+        with place.lock():
+            writers = living_writers(place)
+        if writers:
+            raise Problem(
+                409,
+                "being_written",
+                f"{len(writers)} processes are writing the capture",
+                "try again when they have left it",
+            )
+        remove_capture(place)
         self._lake.refresh(name)
         with self._database.write() as cursor:
             cursor.execute("DELETE FROM held WHERE capture = ?", (name,))

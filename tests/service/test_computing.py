@@ -321,7 +321,7 @@ def test_metrics_count_hits_misses_and_what_was_computed(served):
 def test_pins_hold_and_captures_are_removed(served, tmp_path):
     shutil.copytree(served.lake / "other", served.lake / "spare")
     assert served.http.put("/v1/captures/spare/pin").status_code == 204
-    problem(served.http.delete("/v1/captures/spare"), 503, "store")
+    problem(served.http.delete("/v1/captures/spare"), 409, "pinned")
     assert served.http.delete("/v1/captures/spare/pin").status_code == 204
     assert served.http.delete("/v1/captures/spare").status_code == 204
     problem(served.http.get("/v1/captures/spare"), 404, "not_found")
