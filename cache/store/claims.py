@@ -9,7 +9,7 @@ either it or the writer's own is there.
 
 import json
 import secrets
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -152,32 +152,48 @@ class Claims:
         if held is None:
             # Durable before anything is published under it: an fsync here would wait for the shard before.
             if not self.place.create(claim, document, durable=False) and self.read(claim) != (self.writer, fencing):
-                raise StoreError(
-                    f"{self.place}/{claim} appeared while this process held the capture's lock: the file system does not "
-                    f"honour flock (put the capture on a local one), or this process stood still for long (run the "
-                    f"same command again)"
-                )
+                raise self._appeared(claim)
+        elif not self.place.exact:
+            # It was free a moment ago: the lock is somebody else's by now, and so are the files.
+            raise self._appeared(claim)
         else:
             for name in files:
                 self.place.remove(name)
             self.place.write(claim, document)
         return fencing
 
+    def _appeared(self, claim: str) -> StoreError:
+        return StoreError(
+            f"{self.place}/{claim} appeared while this process held the capture's lock: the file system does not "
+            f"honour flock (put the capture on a local one), or this process stood still for long (run the "
+            f"same command again)"
+        )
+
     def _derived(self, shard: int) -> list[str]:
         return list(self.layout.derived_files(shard).values())
 
     def sweep(
-        self, committed: Container[int], remove: Callable[[str], None] | None = None, forget: bool = True
+        self,
+        look: Callable[[], Mapping[int, Commit]],
+        remove: Callable[[str], None] | None = None,
+        forget: bool = True,
     ) -> None:
         """Remove what dead writers left: unfinished files, and shards without a commit. Under the lock.
 
-        committed : token shards that the capture's commits, read under the same lock, vouch for.
+        look : reads the commits that count.
         remove : called with each file instead of removing it.  forget : whether dead writers are forgotten.
 
         What a living writer holds is never touched. Claims stay: the next to claim counts their fencing up.
         """
-        commits = list_commits(self.place)
-        remove = remove or self.place.remove
+        for file in list(self._left_under_lock(look()) if self.place.exact else self._left_for_good(look)):
+            (remove or self.place.remove)(file)
+        if forget and self.place.exact:  # else that was done when the lock was taken
+            for writer in set(self.place.writers()) - self.living:
+                self.place.forget(writer)
+
+    def _left_under_lock(self, counting: Mapping[int, Commit]) -> Iterator[str]:
+        """Where the lock cannot be lost."""
+        commits, tokens = list_commits(self.place), _token_shards(counting)
 
         @cache
         def held(claim: str) -> bool:
@@ -187,7 +203,7 @@ class Claims:
         for folder in self._folders():
             for name in self.place.list_files(folder):
                 final = self.place.final_name(name)
-                claim, there = self._claim_of(folder, final or name, commits, committed)
+                claim, there = self._claim_of(folder, final or name, commits, tokens)
                 if final is None:
                     left = claim is not None and not there and not held(claim)
                 elif folder == "failures":
@@ -196,10 +212,33 @@ class Claims:
                     # Without a claim it is metadata or itself a claim, which is written under the lock only.
                     left = claim is None or not held(claim)
                 if left:
-                    remove(f"{folder}/{name}" if folder else name)
-        if forget:
-            for writer in set(self.place.writers()) - self.living:
-                self.place.forget(writer)
+                    yield f"{folder}/{name}" if folder else name
+
+    def _left_for_good(self, look: Callable[[], Mapping[int, Commit]]) -> Iterator[str]:
+        """Where the lock is lost by a process that stands still: what nobody will ever vouch for, whoever holds it now.
+
+        A claim stays its writer's, and a writer that is forgotten has committed all that it ever will. So commits are read
+        after that is seen, and not before.
+        """
+        counting = look()
+        commits, tokens = _kept(counting), _token_shards(counting)
+        found = [
+            (f"{folder}/{name}", claim)
+            for folder in ("samples", *arrays(self.layout, 1, 1))
+            for name in self.place.list_files(folder)
+            for claim, there in [self._claim_of(folder, name, commits, tokens)]
+            if claim is not None and not there
+        ]
+        if not found:
+            return
+        owners = {claim: held[0] for claim in {claim for _, claim in found} if (held := self.read(claim)) is not None}
+        known = {*self.place.writers(), self.writer}
+        counting = look()
+        commits, tokens = _kept(counting), _token_shards(counting)
+        for file, claim in found:
+            folder, _, name = file.rpartition("/")
+            if owners.get(claim, self.writer) not in known and not self._claim_of(folder, name, commits, tokens)[1]:
+                yield file
 
     def _claim_of(
         self, folder: str, name: str, commits: Container[int], committed: Container[int]
@@ -217,6 +256,16 @@ class Claims:
     def _folders(self) -> Iterator[str]:
         yield from ("", "claims", "commits", "failures", "samples", "writers")
         yield from arrays(self.layout, 1, 1)
+
+
+def _token_shards(commits: Mapping[int, Commit]) -> set[int]:
+    """Those that some of the commits vouch for."""
+    return {shard for commit in commits.values() for shard in commit.token_shards}
+
+
+def _kept(commits: Mapping[int, Commit]) -> set[int]:
+    """Sample shards that are not given up."""
+    return {shard for shard, commit in commits.items() if commit.files}
 
 
 def sample_claim(shard: int) -> str:

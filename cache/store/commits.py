@@ -205,6 +205,11 @@ def valid(commits: Mapping[int, Commit]) -> dict[int, Commit]:
     return {shard: commit for shard, commit in commits.items() if (shard, commit.fencing) not in replaced}
 
 
+def counting_commits(place: Backend) -> dict[int, Commit]:
+    """Those of a capture, by shard. Raises CorruptError, StoreError."""
+    return valid(read_commits(place, list_commits(place)))
+
+
 def commit_file(shard: int) -> str:
     """The file of a shard's commit."""
     return f"commits/{shard}.json"

@@ -87,8 +87,8 @@ class Publisher:
         self._writing = ThreadPoolExecutor(1, "hiddenlake-writing")
         self._publishing = ThreadPoolExecutor(1, "hiddenlake-publishing")
 
-    def refresh(self) -> None:
-        """Read the commits that are new."""
+    def refresh(self) -> dict[int, Commit]:
+        """Read the commits that are new. Returns all, by shard."""
         new = read_commits(self.place, list_commits(self.place) - self.commits.keys())
         check_commits(self.place, self.layout, new.values())
         for shard, commit in new.items():
@@ -97,6 +97,7 @@ class Publisher:
                 self.commits[shard] = commit
             else:
                 self._remember(commit)
+        return self.commits
 
     def _remember(self, commit: Commit) -> None:
         self.commits[commit.shard] = commit

@@ -9,7 +9,7 @@ from hiddenlake.cache.errors import StoreError
 from hiddenlake.cache.store import claims as _claims
 from hiddenlake.cache.store.backend import Backend, open_backend
 from hiddenlake.cache.store.catalog import captures_of
-from hiddenlake.cache.store.commits import Commit, commit_file, list_commits, read_commits, valid
+from hiddenlake.cache.store.commits import Commit, commit_file, counting_commits, list_commits, read_commits, valid
 from hiddenlake.cache.store.layout import Layout
 from hiddenlake.cache.store.local import LocalBackend, left_folders
 from hiddenlake.cache.store.opened import close_all
@@ -80,8 +80,7 @@ def _collect(place: Backend, dry: bool) -> list[Leftover]:
             counting = valid(commits)
             for shard in sorted(commits.keys() - counting.keys()):
                 drop_commit(root.layout, commits[shard], list(counting.values()), remove)
-            vouched = {shard for commit in counting.values() for shard in commit.token_shards}
-            claims.sweep(vouched, remove, forget=not dry)
+            claims.sweep(lambda: counting_commits(place), remove, forget=not dry)
     finally:
         claims.leave()
     return found

@@ -17,6 +17,7 @@ from hiddenlake.cache.store.commits import (
     Commit,
     FileRecord,
     commit_file,
+    counting_commits,
     list_commits,
     read_commit,
     read_commits,
@@ -248,9 +249,8 @@ def _finish(place: Backend, root: Root, done: Repaired) -> None:
     claims = _claims.enter(place, root.layout)
     try:
         with claims.lock():
-            commits = valid(read_commits(place, list_commits(place)))
-            claims.sweep({shard for commit in commits.values() for shard in commit.token_shards})
-            done.rebuilt += rebuild(place, read_root(place), list(commits.values()))
+            claims.sweep(lambda: counting_commits(place))
+            done.rebuilt += rebuild(place, read_root(place), list(counting_commits(place).values()))
     finally:
         claims.leave()
     close_all(place)

@@ -133,7 +133,7 @@ class Writer:
         try:
             with self._claims.lock():
                 self._publisher.refresh()
-                self._claims.sweep(self._publisher.token_shards)
+                self._claims.sweep(self._publisher.refresh)
                 # Another process may have grown the axes since the root was read.
                 rebuild(place, read_root(place), list(self._publisher.commits.values()))
         except BaseException:

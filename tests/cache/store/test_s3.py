@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from hiddenlake.cache.errors import CorruptError, StoreError
 from hiddenlake.cache.positions import Tokens
 from hiddenlake.cache.store import objects, open_capture
 from hiddenlake.cache.store.backend import open_backend
+from hiddenlake.cache.store.claims import Claims
 from hiddenlake.cache.store.commits import Commit
+from hiddenlake.cache.store.metadata import arrays
 from hiddenlake.cache.store.objects import ObjectBackend
 from hiddenlake.cache.store.verify import verify
 
@@ -65,7 +68,7 @@ def wait_for_commits(url, count):
 def check(url, assert_holds, complete):
     capture = assert_holds(url, complete=complete)
     report = verify(url)
-    assert report.ok, report.problems
+    assert report.ok, [str(problem) for problem in report.problems]
     assert set(capture.place.list_files("writers")) <= {"lock"}
     return capture
 
@@ -125,7 +128,9 @@ def test_a_writer_that_stood_still_commits_nothing_when_it_wakes(process, url, t
     assert set(before.keys) == {tiny.key(i) for i in range(samples)}
     zombie.send_signal(signal.SIGCONT)
     _, talk = zombie.communicate(timeout=60)
-    assert zombie.returncode == 1 and "taken it for dead" in talk
+    assert (
+        zombie.returncode == 1 and "stood still" in talk
+    )  # for others it is dead, or their claim is where its was to be
     capture = check(url, assert_holds, samples)
     assert [commit.writer for commit in capture.commits] == [commit.writer for commit in before.commits]
     assert name in {commit.writer for commit in capture.commits}
@@ -151,6 +156,87 @@ def test_a_writer_that_stood_still_just_before_its_commit(url, tiny, assert_hold
         writer.flush()
     writer.close()
     check(url, assert_holds, 4)
+
+
+@KINDS
+def test_a_writer_that_stood_still_while_it_claimed(url, tiny, assert_holds, monkeypatch, kind):
+    """It holds the lock, has seen that a shard is free, and then another one takes the lock, claims it and fills it."""
+    coverage = tiny.coverage(**tiny.KINDS[kind])
+    take, lives = Claims._take, ObjectBackend.lives
+    writer = tiny.open_tiny(url, 8, coverage=coverage)
+    (name,) = open_backend(url).writers()
+
+    def stand_still(claims, claim, files):
+        monkeypatch.setattr(Claims, "_take", take)
+        monkeypatch.setattr(ObjectBackend, "lives", lambda self, other: other != name and lives(self, other))
+        with monkeypatch.context() as patch:
+            patch.setattr(ObjectBackend, "lock", lambda self: nullcontext())
+            tiny.write(url, 8, coverage=coverage)
+        return take(claims, claim, files)
+
+    monkeypatch.setattr(Claims, "_take", stand_still)
+    with pytest.raises(StoreError, match="stood still"):
+        writer.reserve([tiny.key(i) for i in range(8)], 8)
+        for i in range(8):
+            tiny.add(writer, i)
+        writer.flush()
+    with suppress(StoreError):
+        writer.close()
+    check(url, assert_holds, 8)
+
+
+@KINDS
+def test_who_stood_still_while_it_cleaned_up_removes_nothing_of_others(url, tiny, assert_holds, monkeypatch, kind):
+    """Those that came meanwhile are not among the living that it knows of."""
+    coverage = tiny.coverage(**tiny.KINDS[kind])
+    tiny.write(url, 8, coverage=coverage)
+    look = Claims._left_for_good
+
+    def stand_still(claims, read):
+        monkeypatch.setattr(Claims, "_left_for_good", look)
+        with monkeypatch.context() as patch:
+            patch.setattr(ObjectBackend, "lock", lambda self: nullcontext())
+            with tiny.open_tiny(url, 16, coverage=coverage) as other:
+                assert other.reserve([tiny.key(i) for i in range(8, 16)], 8)
+                for i in range(8, 15):
+                    tiny.add(other, i)
+                for future in other._publisher.pending():
+                    future.result()
+                yield from look(claims, read)
+                tiny.add(other, 15)
+
+    monkeypatch.setattr(Claims, "_left_for_good", stand_still)
+    tiny.open_tiny(url, 16, coverage=coverage).close()
+    check(url, assert_holds, 16)
+
+
+@KINDS
+def test_what_a_dead_writer_left_is_removed(url, tiny, assert_holds, monkeypatch, kind):
+    """Of shards that are given up for all, by whoever opens the capture next."""
+    coverage = tiny.coverage(**tiny.KINDS[kind])
+    publish, lives = Commit.publish, ObjectBackend.lives
+    writer = tiny.open_tiny(url, 4, coverage=coverage)
+    (name,) = open_backend(url).writers()
+
+    def die(commit, place):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Commit, "publish", die)
+    writer.reserve([tiny.key(i) for i in range(4)], 4)
+    for i in range(4):
+        tiny.add(writer, i)
+    with pytest.raises(BaseException):
+        writer.flush()
+    monkeypatch.setattr(Commit, "publish", publish)
+    monkeypatch.setattr(ObjectBackend, "lives", lambda self, other: other != name and lives(self, other))
+    layout, place = tiny.write(url, 4, coverage=coverage).layout, open_backend(url)
+    there = {f"{folder}/{file}" for folder in ("samples", *arrays(layout, 1, 1)) for file in place.list_files(folder)}
+    assert layout.samples_file(0) not in there and layout.samples_file(1) in there
+    assert not [file for file in there if layout.token_shard_of(file) == 0 and kind != "cells"]
+    check(url, assert_holds, 4)
+    monkeypatch.setattr(ObjectBackend, "lives", lives)
+    with suppress(StoreError):
+        writer.close()
 
 
 def test_who_gives_up_a_writer_and_dies_leaves_it_to_the_next(url, tiny, assert_holds, monkeypatch):
