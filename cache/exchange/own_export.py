@@ -17,6 +17,7 @@ from hiddenlake.cache.exchange.target import MANIFEST
 from hiddenlake.cache.exchange.tensor_file import TensorFile, inside
 from hiddenlake.cache.samples import Sample, token_checksum
 from hiddenlake.cache.sites import SITES
+from hiddenlake.cache.store.tables import parquet_table
 
 # Far above what a manifest of a million files takes.
 _MANIFEST_BYTES = 1 << 30
@@ -89,12 +90,11 @@ class _IndexLines(Lines):
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         path = folder / "index.parquet"
         super().__init__(path)
         try:
-            self._table = pq.read_table(path)
+            self._table = parquet_table(path)
         except (pa.ArrowException, OSError) as error:
             raise BadInputError(f"{path}: {error}: fetch the export again") from error
         self._manifest = manifest

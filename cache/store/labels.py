@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hiddenlake.cache.errors import BadInputError, StoreError
 from hiddenlake.cache.store.backend import Backend
 from hiddenlake.cache.store.reader import Capture
-from hiddenlake.cache.store.tables import encode
+from hiddenlake.cache.store.tables import encode, parquet_table
 
 if TYPE_CHECKING:
     import pyarrow
@@ -79,15 +79,16 @@ def _check_free(capture: Capture, name: str, table: "pyarrow.Table") -> None:
 def _load(file: Path) -> "pyarrow.Table":
     import pyarrow as pa
     import pyarrow.csv
-    import pyarrow.parquet
 
     try:
         if file.suffix == ".csv":
             # Keys are hex digits: some look like numbers.
             options = pyarrow.csv.ConvertOptions(column_types={"key": pa.string()})
-            return pyarrow.csv.read_csv(file, convert_options=options)
+            # In this thread: see `parquet_table`.
+            alone = pyarrow.csv.ReadOptions(use_threads=False)
+            return pyarrow.csv.read_csv(file, alone, convert_options=options)
         if file.suffix == ".parquet":
-            return pyarrow.parquet.read_table(file)
+            return parquet_table(file)
     except (pa.ArrowException, OSError) as error:
         raise BadInputError(f"{file}: cannot be read ({error}): expected a Parquet or CSV file") from error
     raise BadInputError(f"{file}: expected a name that ends in .parquet or .csv")

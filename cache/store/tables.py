@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from crc32c import crc32c
@@ -102,6 +102,20 @@ def encode(table: "pyarrow.Table") -> bytes:
     return out.getvalue()
 
 
+def parquet_table(source: Any, columns: list[str] | None = None, **options: Any) -> "pyarrow.Table":
+    """A Parquet file's table, read in this thread alone.
+
+    source : a path, or what pyarrow reads from.  options : of pyarrow's ParquetFile.
+
+    pyarrow's own pool of threads, once it has started, now and then aborts a process that ends
+    (https://github.com/apache/arrow/issues/34314), and the status of a command would be a lie.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(source, pre_buffer=False, **options) as file:
+        return file.read(columns, use_threads=False)
+
+
 def _mark(raw: bytes) -> bytes:
     """A Parquet file with a crc32c of all its bytes, before the footer, where readers do not look.
 
@@ -157,7 +171,7 @@ def _check_decoded(raw: bytes, columns: list[str] | None) -> None:
     if least <= allowed < found:
         # Each distinct value is read once, and its length counted as often as it occurs.
         names = sorted({name.split(".")[0] for name in strings})
-        table = pq.read_table(pa.BufferReader(raw), columns=names, read_dictionary=sorted(strings))
+        table = parquet_table(pa.BufferReader(raw), names, read_dictionary=sorted(strings))
         found = least + sum(_bytes(chunk) for column in table.columns for chunk in column.chunks)
     if found > allowed:
         raise ValueError(f"{len(raw)} bytes would take {found} in memory: at most {allowed} are expected")
@@ -180,12 +194,11 @@ def _bytes(values: "pyarrow.Array") -> int:
 def decode(raw: bytes, file: str, columns: list[str] | None = None) -> "pyarrow.Table":
     """A table from the bytes of a Parquet file. Raises CorruptError that names `file`."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
         _check_decoded(raw, columns)
         # A damaged schema field can surface as KeyError or as a failed UTF-8 decoding.
-        table = pq.read_table(pa.BufferReader(raw), columns=columns, page_checksum_verification=True)
+        table = parquet_table(pa.BufferReader(raw), columns, page_checksum_verification=True)
         if columns is not None and (lacking := set(columns) - set(table.column_names)):
             raise ValueError(f"it has no column {', '.join(sorted(lacking))}")
         return table
