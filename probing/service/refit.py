@@ -80,13 +80,9 @@ class Refits:
             return found, len(waiting)
 
     def _ask(self, question: dict[str, Any]) -> Refitted:
-        child = self._running()
-        try:
-            child.stdin.write(json.dumps(question).encode() + b"\n")
-            child.stdin.flush()
-            line = child.stdout.readline()
-        except OSError:
-            line = b""
+        # One that ended while nobody asked (a machine short of memory ends who has slept longest) is not the fault of
+        # this cell: it is asked of a new one.
+        line = (self._answer(self._child, question) if self._child else b"") or self._answer(self._start(), question)
         if not line:
             raise Problem(
                 503, "refit", "the process that fits cells again has ended before it answered",
@@ -98,12 +94,26 @@ class Refits:
         arrays = {name: _array(value) for name, value in answer["arrays"].items()}
         return Refitted(answer["shown"], **arrays)
 
-    def _running(self) -> subprocess.Popen:
-        if self._child is None or self._child.poll() is not None:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "hiddenlake.probing.service.refit_child"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+    def _answer(self, child: subprocess.Popen, question: dict[str, Any]) -> bytes:
+        """A line; nothing where the child has ended."""
+        try:
+            child.stdin.write(json.dumps(question).encode() + b"\n")
+            child.stdin.flush()
+            line = child.stdout.readline()
+        except OSError:
+            line = b""
+        if not line:
+            # Its pipes close before it can be waited for.
+            self._child = None
+            child.kill()
+            child.wait()
+        return line
+
+    def _start(self) -> subprocess.Popen:
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "hiddenlake.probing.service.refit_child"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
         return self._child
 
 
