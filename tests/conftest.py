@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# How long an example takes depends on who else uses the machine.
-settings.register_profile("shared", deadline=None)
+# The same examples each time, so that a test fails by what was changed; `--hypothesis-profile explore` looks for others.
+# How long one takes depends on who else uses the machine.
+settings.register_profile("shared", deadline=None, derandomize=True, database=None)
+settings.register_profile("explore", deadline=None)
 settings.load_profile("shared")
 
 

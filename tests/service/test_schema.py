@@ -66,8 +66,8 @@ def fuzz(served, document, examples):
     ]
     sent, failures, seen = 0, [], set()
     how = settings(
-        max_examples=examples, deadline=None, database=None, phases=[Phase.explicit, Phase.generate],
-        suppress_health_check=list(HealthCheck), derandomize=False,
+        max_examples=examples, phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     for result in schema.get_all_operations():
         operation = result.ok()
@@ -145,12 +145,12 @@ def test_what_is_answered_is_what_the_document_says(served, document):
     sent, seen = fuzz(served, document, 12)
     print(f"{sent} requests; {sorted(seen)}")
     assert sent > 200
-    assert {200, 404, 409, 422} <= {status for _, status in seen}
+    assert {200, 404, 422} <= {status for _, status in seen}
 
 
 @pytest.mark.slow
 def test_ten_thousand_requests(served, document):
     # Of an operation without parameters there are few different ones.
-    sent, _ = fuzz(served, document, 13_000 // len(list(operations(document))))
+    sent, seen = fuzz(served, document, 13_000 // len(list(operations(document))))
     print(f"{sent} requests")
-    assert sent >= 10_000
+    assert sent >= 10_000 and {200, 404, 409, 422} <= {status for _, status in seen}
