@@ -120,6 +120,24 @@ def serve(lake: Path, *options: str) -> tuple[Process, str]:
     return Process(process, url), key
 
 
+def compute(lake: Path, model: Path, *options: str) -> Process:
+    """A worker that is ready, of vLLM. Raises RuntimeError with the end of its log."""
+    defaults = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = defaults | {"HF_HUB_OFFLINE": "1"} | os.environ
+    log = lake.parent / "worker.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command("worker", lake, "--model", model, *options), stdout=file, stderr=file, env=environment
+        )
+    end = time.monotonic() + 300
+    while b"is ready" not in log.read_bytes():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise RuntimeError(log.read_text()[-2000:])
+        time.sleep(0.2)
+    return Process(process)
+
+
 def nginx(folder: Path) -> Process:
     """The files of folder/www, as nginx serves them."""
     port = free_port()

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from store_files import bytes_of, evict, fetched, forget_peak, make_durable, pea
 from store_rows import Rows, Shape, Want
 
 
-class StoreArm:
+class StoreArm(ABC):
     """One store. A round is one of
 
     {"op": "write", "fsync"}: all samples, from memory to files, with an fsync of each where the store makes none;
@@ -28,9 +29,9 @@ class StoreArm:
         self.rows = Rows(self.shape)
         self._open = False
 
+    @abstractmethod
     def write(self) -> None:
         """Write all samples into `folder`, which is not there."""
-        raise NotImplementedError
 
     def open(self) -> None:
         """Open for reading what was written."""
@@ -41,13 +42,13 @@ class StoreArm:
     def aim(self, want: Want, way: str) -> None:
         """Open, or make, what only this read needs. Not measured."""
 
+    @abstractmethod
     def read(self, want: Want, way: str) -> Any:
         """As this store's users do, into memory of the process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bits(self, result: Any, want: Want) -> np.ndarray | None:
         """(layer, position, sample, hidden) uint16 of what was read. None where it is no activations."""
-        raise NotImplementedError
 
     def block(self, samples: range) -> np.ndarray:
         """(layer, position, sample, hidden) uint16 of a shard, in a buffer that is used again for the next but one."""
