@@ -1,8 +1,7 @@
 """The app: routes, behind the gate. Nothing here or below imports torch."""
 
 import ipaddress
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -32,6 +31,9 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 _NOT_FOUND = "GET /openapi.json names all routes"
 _DESCRIBED = "GET /openapi.json describes every request"
+
+# What `_query_of` has worked out: what FastAPI knows of a route, by its id, and that itself, so that the id stays its own.
+_QUERIES: dict[int, tuple[Any, dict[str, Any]]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,38 +100,23 @@ async def known_query(request: Request) -> None:
 
 def _query_of(dependant: Any) -> dict[str, Any]:
     """name -> type of a route's query parameters. Worked out once for each."""
-    found = _QUERIES.get(id(dependant))
-    if found is None or found[0] is not dependant:
+    if (found := _QUERIES.get(id(dependant))) is None:
         known = {p.alias: p.field_info.annotation for p in get_flat_dependant(dependant).query_params}
         found = _QUERIES[id(dependant)] = (dependant, known)
     return found[1]
 
 
-_QUERIES: dict[int, tuple[Any, dict[str, Any]]] = {}
-
-
-def make_app(
-    parts: Parts, routers: Sequence[APIRouter] = (), started: Callable[[], Any] | None = None
-) -> Callable[..., Any]:
+def make_app(parts: Parts, routers: Sequence[APIRouter] = ()) -> Gate:
     """The whole service as an ASGI app.
 
-    routers : of other rooms, each with its scopes.  started : an asynchronous context manager around the app's life.
+    routers : of other rooms, each with its scopes.
     """
     from hiddenlake.cache.service import administration, captures, computing, raw_zarr, reads
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if started is None:
-            yield
-            return
-        async with started():
-            yield
 
     app = FastAPI(
         title="hiddenlake",
         version=__version__,
         summary="Activations by (layer, token), read from a lake of captures, or computed.",
-        lifespan=lifespan,
         docs_url=None,  # its scripts come from elsewhere
         redoc_url=None,
         openapi_url=None,  # a route of ours, which needs a key as all do

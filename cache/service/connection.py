@@ -23,10 +23,8 @@ STUCK_SECONDS = 60.0
 class Connection(HttpToolsProtocol):
     """uvicorn's, of one client."""
 
-    _heads, _head = (
-        0,
-        0,
-    )  # how many began, and bytes of the one that comes in, without those of the read that it began in
+    # Heads that began; whether one comes in, and its bytes, without those of the read that it began in.
+    _heads, _in_head, _head = 0, False, 0
     _timer: asyncio.TimerHandle | None = None
     _waiting: asyncio.TimerHandle | None = None
 

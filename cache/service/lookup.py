@@ -81,7 +81,7 @@ class Lookup:
         for name in parts.keys() - there.keys():
             self._forget(name)
         for name, capture in there.items():
-            commits = {_part(capture, commit): commit for commit in capture.commits}
+            commits = {_part(commit): commit for commit in capture.commits}
             known = parts.get(name, set())
             if known - commits.keys():  # compacted, or another capture of that name
                 self._forget(name)
@@ -107,7 +107,8 @@ class Lookup:
             cursor.execute("DELETE FROM indexed WHERE capture = ?", (name,))
 
 
-def _part(capture: Capture, commit: Commit) -> str:
+def _part(commit: Commit) -> str:
+    """Names a commit among all that ever stood in its place."""
     return f"{commit.shard}/{commit.writer}/{commit.fencing}/{commit.time}"
 
 
@@ -117,14 +118,14 @@ def _keys(capture: Capture, commit: Commit) -> Iterator[tuple[str, str]]:
     decoding = identity.get("decoding")
     if not isinstance(decoding, dict) or "sampling" not in decoding:
         return
+    if identity.get("task") == TASK:  # its samples are answers, and have their keys
+        yield from ((key, key) for key in commit.keys if key is not None)
+        return
     name = layout.samples_file(commit.shard)
     columns = ["key", "index", "sample_index", "token_ids", "prompt_length"]
     table = decode(
         read_checked(capture.place, name, commit.files[name], [commit.shard]), f"{capture.path}/{name}", columns
     )
-    if identity.get("task") == TASK:  # its samples are answers, and have their keys
-        yield from ((key, key) for key in commit.keys if key is not None)
-        return
     sampling = decoding["sampling"]
     seeded = (
         Sampling(seed=sampling["seed"], temperature=1.0) if isinstance(sampling, dict) and "seed" in sampling else None

@@ -59,6 +59,7 @@ class _Queue(Collector):
             "hiddenlake_queue_oldest_seconds", "How long the oldest answer has waited.", self._work.oldest_wait()
         )
         yield GaugeMetricFamily("hiddenlake_workers", "Workers that run.", len(workers))
+        totals = self._work.totals()
         for name, help in (
             ("answers", "Answers that were computed."),
             ("tokens", "Tokens that were computed for them."),
@@ -66,9 +67,14 @@ class _Queue(Collector):
             ("wait_seconds", "Seconds that they waited for a worker, all together."),
         ):
             family = CounterMetricFamily(f"hiddenlake_computed_{name}", help)
-            family.add_metric([], self._work.totals().get(name, 0.0))
+            family.add_metric([], totals.get(name, 0.0))
             yield family
-        ring = GaugeMetricFamily("hiddenlake_ring_used", "Share of a worker's ring that is in use.", labels=["worker"])
-        for worker in workers:
-            ring.add_metric([worker["id"]], worker["ring"])
-        yield ring
+        for name, fact, help in (
+            ("ring_used", "ring", "Share of a worker's ring that is in use."),
+            ("worker_answers", "holds", "Answers that a worker is at work on."),
+            ("worker_silent_seconds", "silent", "Since a worker's last sign of life."),
+        ):
+            gauge = GaugeMetricFamily(f"hiddenlake_{name}", help, labels=["worker"])
+            for worker in workers:
+                gauge.add_metric([worker["id"]], worker[fact])
+            yield gauge

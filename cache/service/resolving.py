@@ -1,5 +1,6 @@
 """Resolving: prompts to answers that are stored, or to work that is on its way."""
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from hiddenlake.cache.service.work import Wanted, Work
 
 # Token ids of texts that are remembered: a page of prompts that is asked for again and again.
 _REMEMBERED = 20_000
+
+# How long the models that captures are of are believed to be as they were: each look goes through all captures.
+_FRESH_SECONDS = 1.0
 
 # Of a model that nobody computes with.
 _NO_LIMIT = 1 << 31
@@ -44,36 +48,31 @@ class Resolver:
         self._encoder = Encoder()
         self._lock = Lock()
         self._ids: OrderedDict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = OrderedDict()
+        self._captured: dict[str | None, tuple[float, dict[str, Offer]]] = {}
 
     def close(self) -> None:
         self._encoder.close()
 
     def offers(self, caller: Caller) -> dict[str, Offer]:
         """model_key -> what can be asked of it: of workers that run or ran, and of the captures that the caller sees."""
-        found = _captured(self._lake, caller)
-        for id, offer in self._work.offers().items():
-            found[id] = offer.joined(found[id]) if id in found else offer
-        return found
+        return self._joined(self._work.offers(), caller)
 
-    def offer(self, name: str | None, caller: Caller) -> Offer:
-        """A model by name or id. Raises Problem."""
-        offers = self.offers(caller)
-        chosen = [offer for offer in offers.values() if name in (None, offer.id, offer.name)]
-        there = {"models": [{"id": offer.id, "name": offer.name} for offer in offers.values()]}
-        if not chosen:
-            raise Problem(404, "no_model", "there is no such model here", "GET /v1/models lists them", there=there)
-        if len(chosen) > 1:
-            raise Problem(
-                409, "which_model", f"{len(chosen)} models are meant by that", "name one by its id", there=there
-            )
-        return chosen[0]
+    def _joined(self, worked: dict[str, Offer], caller: Caller) -> dict[str, Offer]:
+        with self._lock:
+            when, found = self._captured.get(caller.tenant, (-_FRESH_SECONDS, {}))
+        if time.monotonic() - when >= _FRESH_SECONDS:
+            when, found = time.monotonic(), _captured(self._lake, caller)
+            with self._lock:
+                self._captured[caller.tenant] = when, found
+        return found | {id: offer.joined(found[id]) if id in found else offer for id, offer in worked.items()}
 
     def look(self, request: ResolveRequest, caller: Caller) -> tuple[Offer, Plan, list[Answer]]:
         """What is asked for, and where it lies. Raises Problem, BadInputError, UnknownNameError."""
-        offer = self.offer(request.model, caller)
+        worked = self._work.offers()
+        offer = _offer(request.model, self._joined(worked, caller))
         decoding = Decoding(0) if request.generation is None else request.generation.decoding()
         # What is not named is what would be computed.
-        usual = self._work.offers().get(offer.id, offer)
+        usual = worked.get(offer.id, offer)
         sites = usual.sites if request.sites is None else request.sites
         layers = usual.layers if request.layers is None else request.layers
         plan = make_plan(offer, sites, layers, request.positions, decoding)
@@ -172,6 +171,17 @@ class Resolver:
                 507, "no_room", f"the answers would take {size} bytes, {free} are free, and {settings.min_free} must stay so",
                 "make room on the lake's disk",
             )  # fmt: skip
+
+
+def _offer(name: str | None, offers: dict[str, Offer]) -> Offer:
+    """A model by name or id. Raises Problem."""
+    chosen = [offer for offer in offers.values() if name in (None, offer.id, offer.name)]
+    there = {"models": [{"id": offer.id, "name": offer.name} for offer in offers.values()]}
+    if not chosen:
+        raise Problem(404, "no_model", "there is no such model here", "GET /v1/models lists them", there=there)
+    if len(chosen) > 1:
+        raise Problem(409, "which_model", f"{len(chosen)} models are meant by that", "name one by its id", there=there)
+    return chosen[0]
 
 
 def _check_offered(worker: Offer, plan: Plan, missing: Sequence[Wanted]) -> None:

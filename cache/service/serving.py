@@ -41,7 +41,6 @@ def serve(
     settings: Settings,
     *,
     routers: Sequence[Any] = (),
-    started: Callable[[], Any] | None = None,
     ready: Callable[[str, str | None], None] | None = None,
 ) -> None:
     """Serve a lake until SIGTERM or SIGINT. Work in progress has `drain` seconds to end.
@@ -66,7 +65,7 @@ def serve(
     listening = _listen(settings.host, settings.port)
     start_logging(settings.log_level)
     config = uvicorn.Config(
-        make_app(parts, routers, started),
+        make_app(parts, routers),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -56,7 +56,7 @@ class Settings(BaseModel):
         "Bytes that computed captures may take; beyond it the least recently used go. No limit by default.",
     )
     min_free: ByteSize = _setting(
-        _size("1GiB"), _BOTH, "Room that stays free on the lake's disk; less gives 507.", ge=0
+        _size("1GiB"), _SERVE, "Room that stays free on the lake's disk; less gives 507.", ge=0
     )
     drain: float = _setting(30.0, _BOTH, "Seconds that work in progress has to end after SIGTERM.", gt=0)
     log_level: str = _setting("info", _BOTH, "debug, info, warning or error.", pattern="^(debug|info|warning|error)$")

@@ -1,5 +1,7 @@
 """Both on one machine: a server, and beside it a worker that is started again when it dies."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,14 +17,28 @@ _PAUSES = (1.0, 5.0, 15.0, 60.0)
 _SETTLED_SECONDS = 60.0
 
 
+# The worker command's own word for `end_with_parent`.
+WITH_PARENT = "--with-parent"
+
+
+def end_with_parent() -> None:
+    """Have this process end as by SIGTERM once the one that started it is gone, however that ended: its stdin is closed then."""
+
+    def watch() -> None:
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
 class WorkerProcess:
-    """`hiddenlake worker` in a process of its own, from `start` to `stop`.
+    """`hiddenlake worker` in a process of its own, from `start` to `stop`. It does not outlive this one.
 
     arguments : of the command.  drain : seconds that it has to end.
     """
 
     def __init__(self, arguments: Sequence[str], drain: float) -> None:
-        self._command = [sys.executable, "-m", "hiddenlake.cli", "worker", *arguments]
+        self._command = [sys.executable, "-m", "hiddenlake.cli", "worker", WITH_PARENT, *arguments]
         self._drain = drain
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -54,7 +70,7 @@ class WorkerProcess:
             with self._lock:
                 if self._ended.is_set():
                     return
-                self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
+                self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE)
             status = self._process.wait()
             if self._ended.is_set():
                 return

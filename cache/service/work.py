@@ -119,7 +119,7 @@ class Work:
         return {offer.id: offer for offer in (Offer.from_json(json.loads(row["facts"])) for row in rows)}
 
     def workers(self) -> list[dict[str, Any]]:
-        """Of each that runs: id, model, pid, seconds since its last sign of life, what it holds, share of its ring in use."""
+        """Of each that runs: id, seconds since its last sign of life, answers that it holds, share of its ring in use."""
         rows = self._database.read(
             "SELECT workers.*, (SELECT count(*) FROM work WHERE worker = workers.id AND state = 'leased') AS holds FROM workers"
         )
@@ -127,8 +127,6 @@ class Work:
         return [
             {
                 "id": row["id"],
-                "model": row["model"],
-                "pid": row["pid"],
                 "silent": now - row["beat"],
                 "holds": row["holds"],
                 "ring": row["ring"],
@@ -182,10 +180,11 @@ class Work:
             )
 
     def leave(self, worker: str) -> None:
-        """A worker ends: what it holds is anybody's."""
+        """A worker ends, and has not died over what it holds: that is anybody's."""
         with self._database.write() as cursor:
             cursor.execute(
-                "UPDATE work SET state = 'pending', worker = NULL, lease = NULL WHERE worker = ? AND state = 'leased'",
+                "UPDATE work SET state = 'pending', attempts = attempts - 1, worker = NULL, lease = NULL"
+                " WHERE worker = ? AND state = 'leased'",
                 (worker,),
             )
             cursor.execute("DELETE FROM workers WHERE id = ?", (worker,))
@@ -212,6 +211,7 @@ class Work:
             ).fetchall()
             _count(cursor, wait_seconds=sum(max(0.0, clock.now() - row["enqueued"]) for row in rows))
         found = []
+        # RETURNING gives rows in any order.
         for row in sorted(rows, key=lambda row: row["number"]):
             prompt, given = json.loads(row["ids"])
             wanted = Wanted(

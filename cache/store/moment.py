@@ -1,5 +1,6 @@
 """Moments: what a capture held at one time, by number along its axes; where values come from is a subclass' business."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 Dtype = Literal["stored", "float32"]
 
 
-class Moment:
+class Moment(ABC):
     """One moment of a capture. What is committed later does not change it, so lazy arrays may hold on to it.
 
     identity : the value identity.  coverage : which cells there are.
@@ -29,10 +30,11 @@ class Moment:
     keys: np.ndarray
     token_length: np.ndarray
 
+    @abstractmethod
     def samples(self, columns: Sequence[str] = SAMPLE_COLUMNS) -> "pyarrow.Table":
         """Rows of samples/ in task order, at least these columns. Raises CorruptError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_cells(
         self,
         site: str,
@@ -52,8 +54,8 @@ class Moment:
 
         Returns (*outer, sample, width): the coverage's dtype, or float32. Raises CorruptError.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def read_tokens(
         self,
         site: str,
@@ -72,11 +74,10 @@ class Moment:
 
         Returns (*outer, token, width): the coverage's dtype, or float32. Raises CorruptError.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprint(self, site: str) -> str:
         """32 hex digits, equal only where a site's cells are the same committed bytes."""
-        raise NotImplementedError
 
     @cached_property
     def row_of(self) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Readable: how a capture is asked by name, for sites, layers, positions and samples, wherever its values come from."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ class TokenRows:
         return np.diff(self.offsets)
 
 
-class Readable:
+class Readable(ABC):
     """What a capture on disk and one behind a service have in common.
 
     path : the folder or the URL.  snapshot : what it shows, until it is refreshed.
@@ -74,9 +75,9 @@ class Readable:
         """All committed samples in task order, with the columns of `tables.SAMPLE_COLUMNS`. Raises CorruptError."""
         return self.snapshot.samples()
 
+    @abstractmethod
     def labels(self) -> dict[str, "pyarrow.Table"]:
         """Tables of labels that were added later, by name: a column `key`, and values."""
-        raise NotImplementedError
 
     def read(
         self,

@@ -8,20 +8,17 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from hiddenlake.cache.errors import IdentityError, ProbeError
+from hiddenlake.cache.errors import IdentityError
 from hiddenlake.cache.identity import digest
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.probing.grid import best_cell
-from hiddenlake.probing.held_out import held_out
 from hiddenlake.probing.plots import draw_heatmap
 from hiddenlake.probing.report import facts, figures
+from hiddenlake.probing.report.again import fit_again
 from hiddenlake.probing.report.examples import Example, most_wrong
 from hiddenlake.probing.report.figures import Figure
 from hiddenlake.probing.report.scores import Reliability, reliability, roc, spread
 from hiddenlake.probing.saving import classes
-
-# A mean of five AUCs of a hundred samples changes by less where two of them change places for rounding.
-_SAME_AUC = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +115,7 @@ def check_grid(capture: Capture, grid: xr.Dataset) -> None:
 
 def _cell(capture: Capture, grid: xr.Dataset) -> Cell:
     best, attrs, names = best_cell(grid), grid.attrs, classes(grid)
-    found = held_out(capture, attrs["site"], best.layer, best.position, C=best.C, **facts.arguments(grid))
-    if abs(found.attrs["auc"] - best.auc) > _SAME_AUC:
-        raise ProbeError(
-            f"layer {best.layer}, {best.position} of {attrs['site']} has AUC {found.attrs['auc']:.4f} now, and {best.auc:.4f} in "
-            f"the grid: the labels or groups of {capture.path} have changed since: fit it again"
-        )
+    found = fit_again(capture, grid, best.layer, best.position, best.C)
     inside = np.flatnonzero(np.isfinite(found.probability.values))
     probability, positive = found.probability.values[inside], found.positive.values[inside]
     fold = found.fold.values[inside]

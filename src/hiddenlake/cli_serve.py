@@ -103,14 +103,24 @@ def _say(lake: str, url: str, key: str | None) -> None:
 
 @app.command("worker")
 @with_settings("worker")
-def worker_command(lake: Lake, model: Model, config: Config = None, *, flags: dict[str, Any]) -> None:
+def worker_command(
+    lake: Lake,
+    model: Model,
+    config: Config = None,
+    with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
+    *,
+    flags: dict[str, Any],
+) -> None:
     """Compute what is asked of a lake's service, until SIGTERM: then what is in flight is finished, the rest given back."""
     _import_service()
     from hiddenlake.cache.service.logs import start_logging
+    from hiddenlake.cache.service.upping import end_with_parent
     from hiddenlake.cache.service.worker import work_on
 
     settings, _ = _load(flags, config)
     start_logging(settings.log_level)
+    if with_parent:
+        end_with_parent()
     work_on(lake, model, settings, ready=lambda offer: talk(f"worker of {offer.name} is ready for {lake}"))
 
 

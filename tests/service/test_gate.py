@@ -422,6 +422,16 @@ def test_what_is_no_request(server, data):
     assert server.http.get("/healthz").status_code == 200
 
 
+def test_an_empty_line_comes_before_a_request(server):
+    """As HTTP allows, also in a read of its own."""
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as connection:
+        connection.sendall(b"\r\n")
+        time.sleep(0.2)
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+    assert "Error" not in server.text().rpartition("/healthz")[2]
+
+
 def test_a_websocket_is_refused(server):
     answer = _raw(
         server,

@@ -63,3 +63,20 @@ def test_both_run_and_a_worker_that_dies_is_started_again(tiny_model, tmp_path):
     finally:
         up.kill()
         up.wait()
+
+
+def test_a_worker_does_not_outlive_who_started_it(tiny_model, tmp_path):
+    lake, log = tmp_path / "lake", tmp_path / "log"
+    lake.mkdir()
+    with log.open("wb") as out:
+        up = subprocess.Popen(
+            [sys.executable, "-m", "hiddenlake.cli", "up", str(lake), "--model", str(tiny_model), "--port", "0", *OPTIONS],
+            stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    try:
+        wait(lambda: "is ready" in log.read_text())
+        [worker] = workers(up.pid)
+    finally:
+        up.kill()
+        up.wait()
+    wait(lambda: clock.started(worker) is None, 30)

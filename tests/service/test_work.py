@@ -150,6 +150,14 @@ def test_what_workers_die_over_fails_in_the_end(work, other):
     assert states(work) == {"pending": 1}, "what is asked for anew is tried anew"
 
 
+def test_a_worker_that_ends_in_order_has_not_died_over_its_work(work):
+    work.add(OFFER, PLAN, "", wanted(1))
+    for _ in range(3):
+        assert [one.attempts for one in work.take("me", OFFER.id, GROUP, 1, 60)] == [0]
+        work.leave("me")
+        work.join("me", OFFER)
+
+
 def test_a_lease_is_no_matter_of_the_time_of_day(work, other, monkeypatch):
     work.add(OFFER, PLAN, "", wanted(1))
     other(600)
