@@ -1,8 +1,10 @@
 """The app: routes, behind the gate. Nothing here or below imports torch."""
 
 import ipaddress
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -24,6 +26,7 @@ from hiddenlake.cache.service.metrics import Metrics
 from hiddenlake.cache.service.problems import Problem, ProblemBody, problem_of
 from hiddenlake.cache.service.resolving import Resolver
 from hiddenlake.cache.service.settings import Settings
+from hiddenlake.cache.service.tracing import Tracer
 from hiddenlake.cache.service.work import Work
 
 # Names by which a server is called that listens at this machine alone.
@@ -31,6 +34,10 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 _NOT_FOUND = "GET /openapi.json names all routes"
 _DESCRIBED = "GET /openapi.json describes every request"
+
+# Requests and answers to show, and where an operation carries its own until the document is made.
+_EXAMPLES = Path(__file__).with_name("examples.json")
+_EXAMPLE = "x-example"
 
 # What `_query_of` has worked out: what FastAPI knows of a route, by its id, and that itself, so that the id stays its own.
 _QUERIES: dict[int, tuple[Any, dict[str, Any]]] = {}
@@ -106,10 +113,25 @@ def _query_of(dependant: Any) -> dict[str, Any]:
     return found[1]
 
 
-def make_app(parts: Parts, routers: Sequence[APIRouter] = ()) -> Gate:
+def with_examples(router: APIRouter, file: Path) -> APIRouter:
+    """The router, whose routes the OpenAPI document gives examples of.
+
+    file : JSON, "METHOD path" -> parameters, body, and answers by status: what was asked and answered once, lists cut short.
+    """
+    examples = json.loads(file.read_text())
+    for route in router.routes:
+        for method in route.methods:
+            if (found := examples.get(f"{method} {route.path.replace(':path}', '}')}")) is not None:
+                route.openapi_extra = {
+                    _EXAMPLE: json.dumps(found)
+                }  # text, since FastAPI leaves nulls out of its document
+    return router
+
+
+def make_app(parts: Parts, routers: Sequence[APIRouter] = (), tracer: Tracer | None = None) -> Gate:
     """The whole service as an ASGI app.
 
-    routers : of other rooms, each with its scopes.
+    routers : of other rooms, each with its scopes.  tracer : is told of every request.
     """
     from hiddenlake.cache.service import administration, captures, computing, raw_zarr, reads
 
@@ -126,8 +148,8 @@ def make_app(parts: Parts, routers: Sequence[APIRouter] = ()) -> Gate:
         responses=problems(),
     )
     app.state.parts = parts
-    app.include_router(_own(parts))
-    for router in (captures.router, reads.router, raw_zarr.router, computing.router, administration.router, *routers):
+    mine = (_own(parts), captures.router, reads.router, raw_zarr.router, computing.router, administration.router)
+    for router in (*(with_examples(router, _EXAMPLES) for router in mine), *routers):
         app.include_router(router)
     app.add_exception_handler(HiddenlakeError, _problem)
     app.add_exception_handler(RequestValidationError, _problem)
@@ -142,6 +164,7 @@ def make_app(parts: Parts, routers: Sequence[APIRouter] = ()) -> Gate:
         max_body=settings.max_body,
         max_concurrent=settings.max_concurrent,
         hosts=LOOPBACK | {settings.host} if is_loopback(settings.host) else None,
+        tracer=tracer,
     )
 
 
@@ -218,7 +241,21 @@ def _document(app: FastAPI) -> dict[str, Any]:
                 for status, response in operation["responses"].items():
                     if int(status) >= 400:
                         response["content"] = content
+                _place(json.loads(operation.pop(_EXAMPLE, "{}")), operation)
     return app.openapi_schema
+
+
+def _place(example: dict[str, Any], operation: dict[str, Any]) -> None:
+    """Put a route's example to what it is one of."""
+    given = example.get("parameters", {})
+    for parameter in operation.get("parameters", ()):
+        if parameter["name"] in given:
+            parameter["example"] = given[parameter["name"]]
+    if "body" in example:
+        operation["requestBody"]["content"]["application/json"]["example"] = example["body"]
+    for status, answer in example.get("answers", {}).items():
+        for content in operation["responses"][status]["content"].values():
+            content["example"] = answer
 
 
 def _where(place: Iterable[str | int], known: set[str]) -> str:

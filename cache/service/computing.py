@@ -28,7 +28,8 @@ _EVENT_SECONDS = 0.25
     "/v1/models", summary="Models that activations can be had of", dependencies=[need("read")], responses=problems()
 )
 def list_models(parts: With, caller: By) -> dict[str, Any]:
-    """Those with a worker, and those of the captures. `live`: whether a worker has given a sign of life lately."""
+    """Those with a worker, and those of the captures. `live`: whether a worker has given a sign of life lately. Where none
+    ever ran, nobody knows how long a prompt or an answer may be."""
     live = parts.work.offers(alive_within=parts.settings.lease)
     return {
         "models": [
@@ -39,8 +40,8 @@ def list_models(parts: With, caller: By) -> dict[str, Any]:
                 "sites": list(offer.sites),
                 "layers": list(offer.layers),
                 "dtype": offer.dtype,
-                "max_prompt": offer.max_prompt,
-                "max_new_tokens": offer.max_new_tokens,
+                "max_prompt": offer.max_prompt if offer.path else None,
+                "max_new_tokens": offer.max_new_tokens if offer.path else None,
             }
             for offer in parts.resolver.offers(caller).values()
         ]

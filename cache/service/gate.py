@@ -16,6 +16,7 @@ from hiddenlake.cache.service.keys import Caller, Keys
 from hiddenlake.cache.service.logs import event, logger
 from hiddenlake.cache.service.metrics import Metrics
 from hiddenlake.cache.service.problems import Problem, problem_of
+from hiddenlake.cache.service.tracing import Tracer
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -58,9 +59,11 @@ class Gate:
         max_body: int,
         max_concurrent: int,
         hosts: Collection[str] | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._app, self._keys, self._metrics, self._lake = app, keys, metrics, lake
         self._max_body, self._max_concurrent, self._hosts = max_body, max_concurrent, hosts
+        self._tracer = tracer
         self._active: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -224,6 +227,12 @@ class _Request:
         metrics.requests.labels(route, method, self._status).inc()
         metrics.seconds.labels(route).observe(seconds)
         metrics.sent.inc(self._sent)
+        if self._gate._tracer is not None:
+            about = {"http.request.method": method, "http.route": route, "http.response.status_code": self._status,
+                     "http.response.body.size": self._sent, "hiddenlake.request_id": self.id}  # fmt: skip
+            self._gate._tracer.record(
+                f"{method} {route}", seconds, about, headers=self._headers, failed=self._status >= 500
+            )
         if logger.isEnabledFor(logging.INFO):
             event(
                 "request", request_id=self.id, method=method, route=route, status=self._status,

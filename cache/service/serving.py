@@ -21,6 +21,7 @@ from hiddenlake.cache.service.lookup import Lookup
 from hiddenlake.cache.service.metrics import Metrics
 from hiddenlake.cache.service.resolving import Resolver
 from hiddenlake.cache.service.settings import Settings
+from hiddenlake.cache.service.tracing import Tracer
 from hiddenlake.cache.service.work import Work
 
 
@@ -47,7 +48,8 @@ def serve(
 
     ready : called with the URL, and the key that was made for this run because there is none, once it listens.
 
-    Raises BadInputError where it would listen beyond this machine and there is no key, StoreError.
+    Raises BadInputError where it would listen beyond this machine and there is no key, or what it needs is not installed;
+    StoreError.
     """
     import uvicorn
 
@@ -62,10 +64,11 @@ def serve(
                 f"`hiddenlake keys add {lake} NAME`"
             )
         temporary = parts.keys.add_temporary()
+    tracer = None if settings.traces is None else Tracer(settings.traces, "serve")
     listening = _listen(settings.host, settings.port)
     start_logging(settings.log_level)
     config = uvicorn.Config(
-        make_app(parts, routers),
+        make_app(parts, routers, tracer),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -91,6 +94,8 @@ def serve(
     finally:
         keeper.stop()
         parts.resolver.close()
+        if tracer is not None:
+            tracer.close()
         with suppress(OSError):
             listening.close()
 

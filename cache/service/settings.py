@@ -60,6 +60,12 @@ class Settings(BaseModel):
     )
     drain: float = _setting(30.0, _BOTH, "Seconds that work in progress has to end after SIGTERM.", gt=0)
     log_level: str = _setting("info", _BOTH, "debug, info, warning or error.", pattern="^(debug|info|warning|error)$")
+    traces: str | None = _setting(
+        None,
+        _BOTH,
+        "Where OpenTelemetry traces go: an address of OTLP over HTTP, such as http://localhost:4318. Needs the extra `otel`.",
+        pattern="^https?://",
+    )
     patience: float = _setting(
         600.0, _SERVE, "Seconds that work waits for a worker of its model before it fails.", gt=0
     )

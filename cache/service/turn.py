@@ -1,5 +1,6 @@
 """Turn: one group's way from the queue through a worker's engine into its capture."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -64,7 +65,7 @@ class Turn(Watcher):
         self._taken: dict[str, Taken] = {}
         self._since = time.monotonic()
         self._asked = 0.0
-        self._counted = 0
+        self._counted = self._answered = self._failed = 0
 
     def go(self) -> None:
         worker = self._worker
@@ -82,6 +83,11 @@ class Turn(Watcher):
             raise
         finally:
             self._run.close()
+            if worker.tracer is not None:
+                about = {"hiddenlake.capture": self._name, "hiddenlake.answers": self._answered,
+                         "hiddenlake.failures": self._failed, "hiddenlake.tokens": self._counted}  # fmt: skip
+                seconds = time.monotonic() - self._since
+                worker.tracer.record("turn", seconds, about, failed=sys.exception() is not None)
         if self._taken:  # given up by the run, and neither committed nor failed: somebody else's turn
             worker.work.give_back(worker.id, [one.number for one in self._taken.values()])
 
@@ -110,6 +116,7 @@ class Turn(Watcher):
             return
         tokens = self._summary.tokens - self._counted + sum(len(self._taken[key].wanted.prompt) for key in done)
         self._counted = self._summary.tokens
+        self._answered, self._failed = self._answered + len(done), self._failed + len(failed)
         self._worker.work.finish(
             self._worker.id,
             [(self._taken[key], self._name) for key in done],

@@ -20,6 +20,7 @@ from hiddenlake.cache.service.database import Database
 from hiddenlake.cache.service.logs import event
 from hiddenlake.cache.service.plans import TASK, Offer, Plan
 from hiddenlake.cache.service.settings import Settings
+from hiddenlake.cache.service.tracing import Tracer
 from hiddenlake.cache.service.turn import Turn
 from hiddenlake.cache.service.work import Group, Work
 from hiddenlake.cache.sites import SITES, parse_layers, parse_sites
@@ -52,6 +53,7 @@ class Worker:
         self.lake, self.settings = Path(lake), settings
         self.id = secrets.token_hex(8)
         self.stop = threading.Event()
+        self.tracer = None if settings.traces is None else Tracer(settings.traces, "worker")
         self.model = load_model(model, settings.dtype)
         self.work = Work(Database(lake))
         self.request = _widest(self.model, settings, self.lake)
@@ -87,6 +89,8 @@ class Worker:
             for name in list(self._writers):
                 self.drop_writer(name)
             self.engine.close()
+            if self.tracer is not None:
+                self.tracer.close()
 
     def _beat(self) -> None:
         while not self._ended.wait(self.settings.lease / 4):

@@ -72,7 +72,7 @@ def test_the_wheel_asks_for_nothing_heavy(built: tuple[set[str], Path, Path]) ->
     base = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert base
     assert not [line for line in base if re.match("|".join(HEAVY), line)]
-    extras = {"vllm", "transformers", "probes", "cuml", "serve", "client", "s3", "report", "datasets", "demo", "dev"}
+    extras = {"vllm", "transformers", "probes", "cuml", "serve", "client", "otel", "s3", "report", "datasets", "demo", "dev"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert metadata["License-Expression"] == "Apache-2.0"
 

@@ -53,6 +53,42 @@ def test_every_route_is_described(served, document):
     assert set(document["components"]["schemas"]["ProblemBody"]["required"]) == PROBLEM
 
 
+def test_every_route_has_examples_of_its_own_schema(document):
+    """Of what must be asked, and of what is answered as JSON; of the rest where it helps."""
+    import jsonschema
+
+    def fits(example, schema):
+        jsonschema.validate(example, schema | {"components": document["components"]})
+
+    for method, path, operation in operations(document):
+        for parameter in operation.get("parameters", ()):
+            assert "example" in parameter or not parameter["required"], (method, path, parameter["name"])
+            if "example" in parameter:
+                fits(parameter["example"], parameter["schema"])
+        if "requestBody" in operation:
+            content = operation["requestBody"]["content"]["application/json"]
+            fits(content["example"], content["schema"])
+        for status, answer in operation["responses"].items():
+            content = answer.get("content", {}).get("application/json", {})
+            if int(status) < 300 and content.get("schema"):
+                fits(content["example"], content["schema"])
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/captures", "/v1/captures/{name}", "/v1/captures/{name}/samples", "/v1/captures/{name}/samples/{key}",
+             "/v1/models", "/readyz", "/version"],
+)  # fmt: skip
+def test_examples_have_the_fields_that_answers_have(served, document, path):
+    def fields(value):
+        if isinstance(value, dict):
+            return {name: fields(value[name]) if name == "captures" else None for name in value}
+        return fields(value[0]) if isinstance(value, list) and value else None
+
+    shown = document["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]["example"]
+    answered = served.get(path.format(name="cells", key="key-0003")).json()
+    assert fields(shown) == fields(answered)
+
+
 def fuzz(served, document, examples):
     """So many requests to every operation, right and wrong; returns how many in all."""
     schema = schemathesis.openapi.from_dict(document)

@@ -33,6 +33,7 @@ def other(name, number=1):
         "host": ["127.0.0.2", "127.0.0.3", "127.0.0.4"], "log_level": ["debug", "warning", "error"],
         "engine": ["transformers"] * 3, "engine_options": ['{"a": 1}', '{"b": [2]}', '{"c": {}}'],
         "sites": ["embed", "mlp_in", "resid_pre"], "layers": ["1", "2", "3"], "dtype": ["bfloat16", "float16", "float32"],
+        "traces": ["http://a", "http://b", "https://c"],
     }  # fmt: skip
     if name in choices:
         text = choices[name][number - 1]
