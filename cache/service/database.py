@@ -152,6 +152,11 @@ class Database:
         """Have nothing that was deleted left in the write-ahead log. Does what it can while others read."""
         self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
+    def vacuum(self) -> None:
+        """Have nothing that was deleted left in any of its files. Does what it can while others read."""
+        self._connection.execute("VACUUM")
+        self.tidy()
+
     def close(self) -> None:
         """This thread's connection."""
         if connection := getattr(self._local, "connection", None):

@@ -33,9 +33,8 @@ _CONTENT: dict[str, Any] = {
     "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
     "application/json": {"schema": {}},
 }
-_ROUTE: dict[str, Any] = {
-    "path": "/v1/zarr/{name}/{path:path}",
-    "summary": "A file of a capture's Zarr group",
+# Of a route that gives a file.
+FILE: dict[str, Any] = {
     "response_class": Response,
     "responses": {
         200: {"content": _CONTENT},
@@ -44,10 +43,11 @@ _ROUTE: dict[str, Any] = {
     }
     | problems(404, 416, 500, 503),
 }
+_PATH, _SUMMARY = "/v1/zarr/{name}/{path:path}", "A file of a capture's Zarr group"
 
 
-@router.head(**_ROUTE)
-@router.get(**_ROUTE)
+@router.head(_PATH, summary=_SUMMARY, **FILE)
+@router.get(_PATH, summary=_SUMMARY, **FILE)
 def get_file(name: str, path: str, request: Request, parts: With, caller: By) -> Response:
     """`xarray.open_zarr("http://HOST/v1/zarr/NAME", consolidated=True)`. Samples that are not committed are holes (NaN).
 
@@ -64,18 +64,38 @@ def get_file(name: str, path: str, request: Request, parts: With, caller: By) ->
 
 
 def _respond(snapshot: Snapshot, path: str, record: Record | None, request: Request) -> Response:
-    headers = {"Accept-Ranges": "bytes", "Cache-Control": "no-cache"}
-    media = "application/json" if path.endswith("zarr.json") else "application/octet-stream"
     if record is None:
-        # Small, and may be rewritten: what is sent is what was hashed.
-        raw = _read(snapshot, path)
-        etag, size = f'"{sha256(raw).hexdigest()[:32]}"', len(raw)
-    else:
-        raw, etag, size = b"", f'"{_digest(record)}"', record.size
-    headers["ETag"] = etag
+        return respond(request, path, _read(snapshot, path))
+    size = record.size
+    status, start, stop, headers = _asked(request, f'"{_digest(record)}"', size)
+    media = _media(path)
+    if status == 304:
+        return Response(status_code=304, headers=headers)
+    file = _open(snapshot, path, size)
+    if request.method == "HEAD":
+        file.close()
+        return Response(b"", status, headers, media)
+    return StreamingResponse(_parts(file, start, stop), status, headers, media)
+
+
+def respond(request: Request, path: str, raw: bytes) -> Response:
+    """The answer to a request for a small file, which may be rewritten: what is sent is what was hashed. Raises Problem (416)."""
+    status, start, stop, headers = _asked(request, f'"{sha256(raw).hexdigest()[:32]}"', len(raw))
+    if status == 304:
+        return Response(status_code=304, headers=headers)
+    return Response(b"" if request.method == "HEAD" else raw[start:stop], status, headers, _media(path))
+
+
+def _media(path: str) -> str:
+    return "application/json" if path.endswith("zarr.json") else "application/octet-stream"
+
+
+def _asked(request: Request, etag: str, size: int) -> tuple[int, int, int, dict[str, str]]:
+    """(status, first byte, the one behind the last, headers). Raises Problem (416)."""
+    headers = {"Accept-Ranges": "bytes", "Cache-Control": "no-cache", "ETag": etag}
     named = request.headers.get("if-none-match", "")
     if etag in named or named.strip() == "*":
-        return Response(status_code=304, headers=headers)
+        return 304, 0, 0, headers
     start, stop = 0, size
     status = 200
     # A range of what has changed since would be put together with another file's: then all of it is sent.
@@ -86,13 +106,7 @@ def _respond(snapshot: Snapshot, path: str, record: Record | None, request: Requ
             status = 206
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     headers["Content-Length"] = str(stop - start)
-    if record is None:
-        return Response(b"" if request.method == "HEAD" else raw[start:stop], status, headers, media)
-    file = _open(snapshot, path, size)
-    if request.method == "HEAD":
-        file.close()
-        return Response(b"", status, headers, media)
-    return StreamingResponse(_parts(file, start, stop), status, headers, media)
+    return status, start, stop, headers
 
 
 def _read(snapshot: Snapshot, path: str) -> bytes:

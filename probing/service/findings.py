@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -34,6 +35,9 @@ _MOST_PROBE = 16 << 20
 # How many of each are remembered: a grid may be large, and what it says of itself is asked for with every listing.
 _HELD = {"grid": 16, "attrs": 1024, "probe": 1024}
 
+# A file of an array in a grid.
+_FILE = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,127})/(?:zarr\.json|c(?:/[0-9]{1,9}){0,8})")
+
 # Those that save_grid makes arrays with, and the harmless rest of Zarr's own.
 _CODECS = frozenset({"bytes", "vlen-utf8", "zstd", "gzip", "blosc", "crc32c", "transpose", "sharding_indexed"})
 
@@ -46,6 +50,31 @@ class StoredGrid:
     path: Path
     version: tuple[int, int, int]
     attrs: dict[str, Any]
+
+    @property
+    def edition(self) -> str:
+        """Names its version to others."""
+        return digest(list(self.version))[:16]
+
+    def read(self, path: str) -> bytes:
+        """A file of its Zarr group. Raises Problem (404) for what is no file of it, or of another version by now."""
+        try:
+            metadata = _metadata(self.path)
+            if path == "zarr.json":
+                # Where the capture lay is the server's business.
+                metadata.get("attributes", {}).pop("capture", None)
+                raw = json.dumps(metadata).encode()
+            elif (file := _FILE.fullmatch(path)) and file[1] in _arrays(self.path, metadata):
+                raw = (self.path / path).read_bytes()
+            else:
+                raise FileNotFoundError(path)
+            if _version(self.path / "zarr.json") == self.version:  # afterwards: what was read is of this version
+                return raw
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            pass
+        raise no_such(
+            "file of this grid", "the list of grids says where each is now; a chunk that is not there is a hole"
+        )
 
 
 def at_one_moment(capture: Capture) -> Capture:
@@ -167,13 +196,17 @@ def _metadata(path: Path) -> dict[str, Any]:
     return found
 
 
-def _checked(path: Path) -> Path:
-    """A grid whose arrays may be opened: none is huge, and each is stored as save_grid stores it. Raises StoreError."""
-    arrays = (_metadata(path).get("consolidated_metadata") or {}).get("metadata")
+def _arrays(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    arrays = (metadata.get("consolidated_metadata") or {}).get("metadata")
     if not isinstance(arrays, dict):
         raise StoreError(f"{path.name}: no consolidated metadata: expected a folder that save_grid wrote")
+    return arrays
+
+
+def _checked(path: Path) -> Path:
+    """A grid whose arrays may be opened: none is huge, and each is stored as save_grid stores it. Raises StoreError."""
     declared = 0
-    for name, array in arrays.items():
+    for name, array in _arrays(path, _metadata(path)).items():
         declared += 8 * max(math.prod(array.get("shape", ())), math.prod(_chunk(array)))
         codecs = {codec["name"] for codec in array.get("codecs", ())}
         if not codecs <= _CODECS:

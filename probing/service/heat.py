@@ -41,6 +41,7 @@ class GridEntry(BaseModel):
     n_samples: int = Field(description="Of the capture, when the grid was fitted.")
     best: Best | None = Field(None, description="Absent where no cell was fitted.")
     no_cells: str | None = Field(None, description="Why held-out scores of its cells cannot be had.")
+    zarr: str = Field(description="Path of its Zarr group, as it is now: another once the grid is replaced.")
     attrs: dict[str, Any] = Field(description="Everything that the grid says of itself.")
 
 
@@ -75,6 +76,7 @@ def entry(grid: StoredGrid, capture: Capture) -> GridEntry:
         n_samples=int(attrs.get("n_samples", 0)),
         best=None if None in best else Best(**dict(zip(Best.model_fields, best, strict=True))),
         no_cells=no_cells(attrs, capture),
+        zarr=f"/v1/captures/{capture.place.name}/grids/{grid.name}/zarr/{grid.edition}",
         # Where the capture lay is the server's business.
         attrs={name: value for name, value in attrs.items() if name != "capture"},
     )

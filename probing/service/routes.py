@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from hiddenlake.cache.service.app import By, Parts, With, need, problems
 from hiddenlake.cache.service.keys import Caller
 from hiddenlake.cache.service.problems import Problem, no_such
+from hiddenlake.cache.service.raw_zarr import FILE, respond
 from hiddenlake.cache.service.samples import sample_row
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.probing.probe import different_fields, refuse_other_identity
@@ -54,6 +55,22 @@ def grid_routes(lake: Path, findings: Findings, refits: Refits) -> APIRouter:
         """Layer x position, at one C: AUC with its interval, n, and why a cell has no probe."""
         capture, found = stored(name, grid, parts, caller)
         return heat(found, findings.open(found), capture, C, tuple(metric))
+
+    @router.head(
+        "/v1/captures/{name}/grids/{grid}/zarr/{edition}/{path:path}", summary="A file of a grid's Zarr group", **FILE
+    )
+    @router.get(
+        "/v1/captures/{name}/grids/{grid}/zarr/{edition}/{path:path}", summary="A file of a grid's Zarr group", **FILE
+    )
+    def get_grid_file(
+        name: str, grid: str, edition: str, path: str, request: Request, parts: With, caller: By
+    ) -> Response:
+        """`xarray.open_zarr` opens the group at the address that the list of grids gives. A grid that was replaced is not
+        there any more: no reader puts two of them together."""
+        found = findings.grid(parts.lake.capture(name, caller), grid)
+        if found.edition != edition:
+            raise no_such("edition of this grid", f"GET /v1/captures/{name}/grids says which there is")
+        return respond(request, path, found.read(path))
 
     @router.get(
         "/v1/captures/{name}/grids/{grid}/cell",

@@ -149,18 +149,53 @@ def rm_command(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove captures, for good."""
-    from hiddenlake.cache.progress import size
-    from hiddenlake.cache.store.catalog import list_captures
     from hiddenlake.cache.store.removal import remove_capture
 
     for path in captures:
-        if not yes:
-            row = next(iter(list_captures(path)), {})
-            what = f"{row.get('samples', '?')} samples, {size(row.get('bytes', 0))}"
-            if not sys.stdin.isatty() or not typer.confirm(f"remove {path} ({what})?", err=True):
-                raise BadInputError(f"{path} was not removed: say --yes where nobody can be asked")
+        _confirm(path, yes)
         remove_capture(path)
         talk(f"{path} removed")
+
+
+@app.command("purge")
+def purge_command(
+    captures: Annotated[list[str], typer.Argument(help="Captures: LAKE/NAME.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove captures with every trace of their prompts that their lake keeps, and search the rest of it for some.
+
+    Exit status 1 when something is left, e.g. in another capture of the same prompts.
+    """
+    from hiddenlake.cache.progress import size
+    from hiddenlake.cache.service.purging import purge
+
+    found = []
+    for path in captures:
+        _confirm(path, yes)
+        found.append(done := purge(path))
+        talk(
+            f"{path} removed, {done.samples} samples; {done.files} other files, {size(done.bytes)}, searched for traces"
+        )
+        for what in done.left:
+            talk(f"left: {what}")
+    if as_json:
+        print(json.dumps([asdict(done) for done in found]))
+    if any(done.left for done in found):
+        raise typer.Exit(1)
+
+
+def _confirm(path: str, yes: bool) -> None:
+    """Raises BadInputError where a capture is to stay, or nobody can be asked."""
+    from hiddenlake.cache.progress import size
+    from hiddenlake.cache.store.catalog import list_captures
+
+    if yes:
+        return
+    row = next(iter(list_captures(path)), {})
+    what = f"{row.get('samples', '?')} samples, {size(row.get('bytes', 0))}"
+    if not sys.stdin.isatty() or not typer.confirm(f"remove {path} ({what})?", err=True):
+        raise BadInputError(f"{path} was not removed: say --yes where nobody can be asked")
 
 
 @app.command("gc")

@@ -333,6 +333,20 @@ def test_nothing_is_pickled(job, engine, tmp_path, monkeypatch):
         )
 
 
+def test_no_shell_and_no_file_of_a_name_that_can_be_guessed():
+    """What a prompt, a path or a setting says is never part of a command line that is parsed again."""
+    sources = [
+        file for room in ("cache", "probing", "kernels", "src", "benchmarks") for file in (REPO / room).rglob("*.py")
+    ]
+    assert len(sources) > 100
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                shell = [word.value for word in node.keywords if word.arg == "shell"]
+                assert not shell and not re.search(r"os\.(system|popen)$|mktemp$|getoutput$", called), (source, called)
+
+
 def test_no_step_behind_the_end_leaves_a_row(job, engine):
     """vLLM computes on when an answer has ended; what it computes then is no token's."""
     answers = generate(engine, job.prompts)
@@ -369,7 +383,13 @@ def test_vllm_is_touched_in_few_places():
         for path in (REPO / room).rglob("*.py")
         if re.search(r"^\s*(import|from) vllm\b", path.read_text(), re.M)
     }
-    allowed = ("cache/engines/vllm", "cache/engines/plain_vllm", "cache/worker/", "cache/vllm_server/", "cache/attach.py")
+    allowed = (
+        "cache/engines/vllm",
+        "cache/engines/plain_vllm",
+        "cache/worker/",
+        "cache/vllm_server/",
+        "cache/attach.py",
+    )
     assert importing and all(path.startswith(allowed) for path in importing), sorted(importing)
 
 

@@ -1,4 +1,4 @@
-"""Many clients, and workers that are killed at random: each answer is computed once, is the same for all, and comes."""
+"""Many clients of two servers, and workers that are killed at random: each answer is computed once, is the same for all, and comes."""
 
 import random
 import threading
@@ -23,8 +23,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROMPTS = 500
 CLIENTS = 8
+SERVERS = 2
 WORKERS = 2
-KILLS = 4
+
+# engine -> how often workers are killed, and how long after the one before, in seconds. vLLM takes long to start.
+KILLS = {"transformers": (4, (0.5, 2.0)), "vllm": (3, (2.0, 6.0))}
 
 
 def client(url: str, key: str, seed: int) -> list[tuple[int, str, str, str, str]]:
@@ -60,16 +63,20 @@ def client(url: str, key: str, seed: int) -> list[tuple[int, str, str, str, str]
     return found
 
 
-def test_every_answer_is_computed_once_and_is_the_same_for_all(tmp_path, tiny_model):
-    lake = tmp_path / "lake"
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_every_answer_is_computed_once_and_is_the_same_for_all(tmp_path, tiny_model, engine):
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    lake, (kills, pause) = tmp_path / "lake", KILLS[engine]
     lake.mkdir()
     key = add_key(lake, "clients", "compute")
-    server = Served(lake, tmp_path / "server", key, ("--lease", "5", "--attempts", "50")).start()
+    options = ("--lease", "5", "--attempts", "50")
+    servers = [Served(lake, tmp_path / f"server-{n}", key, options).start() for n in range(SERVERS)]
     workers: list[WorkerProcess] = []
 
     def add_worker() -> WorkerProcess:
         log = tmp_path / f"worker-{len(workers)}"
-        workers.append(WorkerProcess(lake, tiny_model, log, "--lease", "5", "--attempts", "50"))
+        workers.append(WorkerProcess(lake, tiny_model, log, *options, "--engine", engine))
         return workers[-1]
 
     for _ in range(WORKERS):
@@ -80,7 +87,7 @@ def test_every_answer_is_computed_once_and_is_the_same_for_all(tmp_path, tiny_mo
 
     def kill_at_random() -> None:
         chosen = random.Random(0)
-        while len(killed) < KILLS and not over.wait(chosen.uniform(0.5, 2.0)):
+        while len(killed) < kills and not over.wait(chosen.uniform(*pause)):
             living = [worker for worker in workers if worker.process.poll() is None and "is ready" in worker.text()]
             if not living:
                 continue
@@ -96,7 +103,7 @@ def test_every_answer_is_computed_once_and_is_the_same_for_all(tmp_path, tiny_mo
     killer = threading.Thread(target=kill_at_random)
     try:
         with ProcessPoolExecutor(CLIENTS, mp_context=get_context("spawn")) as pool:
-            asked = [pool.submit(client, server.url, key, seed) for seed in range(CLIENTS)]
+            asked = [pool.submit(client, servers[seed % SERVERS].url, key, seed) for seed in range(CLIENTS)]
             killer.start()
             histories = [one.result() for one in asked]
     finally:
@@ -106,8 +113,8 @@ def test_every_answer_is_computed_once_and_is_the_same_for_all(tmp_path, tiny_mo
             worker.process.send_signal(18)
             worker.process.kill()
             worker.process.wait()
-        status = server.stop()
-    assert status == 0 and len(killed) == KILLS
+        statuses = [server.stop() for server in servers]
+    assert set(statuses) == {0} and len(killed) == kills
     assert len(histories) == CLIENTS and all(len(history) == PROMPTS for history in histories)
 
     # Each prompt has one key, and each key one place and the same bytes, whoever asked and whenever.
@@ -126,6 +133,6 @@ def test_every_answer_is_computed_once_and_is_the_same_for_all(tmp_path, tiny_mo
     # No answer took more leases than one, and one for each worker that ended while it held it.
     rows = Database(lake).read("SELECT state, attempts, ids FROM work")
     assert len(rows) == PROMPTS and {row["state"] for row in rows} == {"done"}
-    assert all(1 <= row["attempts"] <= 1 + KILLS and row["ids"] is None for row in rows)
+    assert all(1 <= row["attempts"] <= 1 + kills and row["ids"] is None for row in rows)
     # What was stopped for longer than its lease was ended by whoever took over.
     assert all(worker.process.returncode == -9 for worker in killed)

@@ -139,6 +139,51 @@ def test_a_grid_that_is_replaced_is_read_again(client):
         assert client.get("/v1/captures/cities/grids/moving").json()["values"]["auc"][0][0] == value
 
 
+def test_xarray_opens_a_served_grid(lake, serve):
+    import httpx
+
+    server = serve(lake)
+    headers = {"Authorization": f"Bearer {server.key}"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as http:
+        grids = {grid["name"]: grid for grid in http.get("/v1/captures/cities/grids").json()["grids"]}
+        address = f"{server.url}{grids['one']['zarr']}"
+        found = xr.open_zarr(address, consolidated=True, storage_options={"headers": headers}).load()
+        here = open_grid(lake.parent / "grids" / "one.zarr")
+        xr.testing.assert_identical(found, here.drop_attrs(deep=False).assign_attrs(
+            {name: value for name, value in here.attrs.items() if name != "capture"}
+        ))  # fmt: skip
+        assert str(lake) not in http.get(f"{grids['one']['zarr']}/zarr.json").text
+        assert http.head(f"{grids['one']['zarr']}/auc/zarr.json").headers["ETag"]
+        part = http.get(f"{grids['one']['zarr']}/zarr.json", headers={"Range": "bytes=1-4"})
+        assert part.status_code == 206 and len(part.content) == 4
+
+
+def test_of_a_grid_only_its_own_files_are_there(client):
+    grids = client.get("/v1/captures/cities/grids").json()["grids"]
+    [where] = [grid["zarr"] for grid in grids if grid["name"] == "one"]
+    assert client.get(f"{where}/zarr.json").status_code == client.get(f"{where}/auc/zarr.json").status_code == 200
+    (client.folder / "grids" / "one.zarr" / "notes").write_text("mine")
+    for path in ("notes", "auc/notes", "auc", "auc/c/99/0/0", "auc/c/0", "../one.zarr/zarr.json", "nothing/zarr.json", "/zarr.json",
+                 "auc/%2e%2e/auc/zarr.json", "%2e%2e/two.zarr/zarr.json", ""):  # fmt: skip
+        assert client.get(f"{where}/{path}").status_code == 404, path
+    assert client.get(where.replace("cities", "other") + "/zarr.json").status_code == 404
+    assert client.get(where[:-1] + "/zarr.json").status_code == 404
+
+
+def test_a_reader_of_a_grid_that_was_replaced_gets_nothing_more_of_it(client):
+    path = client.folder / "grids" / "going.zarr"
+    save_grid(open_grid(client.folder / "grids" / "one.zarr"), path)
+
+    def where():
+        return {grid["name"]: grid["zarr"] for grid in client.get("/v1/captures/cities/grids").json()["grids"]}["going"]
+
+    before = where()
+    assert client.get(f"{before}/zarr.json").status_code == 200
+    save_grid(open_grid(client.folder / "grids" / "one.zarr"), path)
+    assert client.get(f"{before}/auc/zarr.json").status_code == 404
+    assert where() != before and client.get(f"{where()}/auc/zarr.json").status_code == 200
+
+
 def test_a_grid_that_would_not_fit_is_not_opened(client):
     bomb = client.folder / "grids" / "bomb.zarr"
     save_grid(open_grid(client.folder / "grids" / "one.zarr"), bomb)
