@@ -122,9 +122,8 @@ def with_examples(router: APIRouter, file: Path) -> APIRouter:
     for route in router.routes:
         for method in route.methods:
             if (found := examples.get(f"{method} {route.path.replace(':path}', '}')}")) is not None:
-                route.openapi_extra = {
-                    _EXAMPLE: json.dumps(found)
-                }  # text, since FastAPI leaves nulls out of its document
+                # As text, since FastAPI leaves nulls out of its document.
+                route.openapi_extra = {_EXAMPLE: json.dumps(found)}
     return router
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,16 +54,21 @@ def purge(path: str | Path) -> Purged:
     place = capture.place.path
     lake, name = place.parent, place.name
     keys, texts = set(capture.keys), _texts(capture)
-    if (lake / FOLDER / FILE).exists():
-        keys |= _forget(Database(lake), name, keys)
+    database = Database(lake) if (lake / FOLDER / FILE).exists() else None
+    if database is not None:
+        keys |= {row["key"] for row in database.read("SELECT key FROM entries WHERE capture = ?", (name,))}
+    # First, since it may be refused, and since a server adds what it finds in a capture that is there.
     remove_capture(capture.place)
+    if database is not None:
+        _forget(database, name, keys)
+    wanted, needles = {key.encode() for key in keys}, _needles(texts)
     files, size, left = 0, 0, []
     others = {other.name: other for other in captures_of(lake)}
     for other in others.values():
         left += _in_capture(lake / other.name, keys, texts)
     for file in _files(lake, set(others)):
         files, size = files + 1, size + file.stat().st_size
-        left += _in_file(file, keys, texts)
+        left += _in_file(file, wanted, needles)
     return Purged(len(capture), files, size, tuple(left))
 
 
@@ -76,17 +81,15 @@ def _texts(capture: Capture) -> set[str]:
     return {text for text in found if len(text) >= _LEAST_CHARACTERS}
 
 
-def _forget(database: Database, name: str, keys: set[str]) -> set[str]:
-    """Delete what the database knows of a capture's answers. Returns their keys."""
+def _forget(database: Database, name: str, keys: set[str]) -> None:
+    """Delete what the database knows of a capture's answers."""
     with database.write() as cursor:
-        known = {row["key"] for row in cursor.execute("SELECT key FROM entries WHERE capture = ?", (name,))}
         for table in ("entries", "indexed", "held"):
             cursor.execute(f"DELETE FROM {table} WHERE capture = ?", (name,))
-        every = [(key,) for key in keys | known]
+        every = [(key,) for key in keys]
         cursor.executemany("DELETE FROM items WHERE work IN (SELECT number FROM work WHERE key = ?)", every)
         cursor.executemany("DELETE FROM work WHERE key = ?", every)
     database.vacuum()
-    return known
 
 
 def _in_capture(folder: Path, keys: set[str], texts: set[str]) -> Iterator[str]:
@@ -113,11 +116,14 @@ def _files(lake: Path, captures: set[str]) -> Iterator[Path]:
         )
 
 
-def _in_file(file: Path, keys: set[str], texts: set[str]) -> Iterator[str]:
-    wanted = {key.encode() for key in keys}
-    chosen = _some(sorted(texts))
-    # As JSON and as themselves.
-    needles = {form.encode() for text in chosen for form in (text, json.dumps(text)[1:-1])}
+def _needles(texts: set[str]) -> set[bytes]:
+    """Some of the texts, as themselves and as JSON has them."""
+    ordered = sorted(texts)
+    chosen = ordered[:: -(-len(ordered) // _TEXTS) or 1]
+    return {form.encode() for text in chosen for form in (text, json.dumps(text)[1:-1])}
+
+
+def _in_file(file: Path, keys: set[bytes], needles: set[bytes]) -> Iterator[str]:
     overlap = max([32, *map(len, needles)])
     found_keys: set[bytes] = set()
     found_texts: set[bytes] = set()
@@ -125,13 +131,9 @@ def _in_file(file: Path, keys: set[str], texts: set[str]) -> Iterator[str]:
         before = b""
         while part := source.read(_PART_BYTES):
             data = before + part
-            found_keys |= wanted.intersection(match[1] for match in _KEY.finditer(data))
+            found_keys |= keys.intersection(match[1] for match in _KEY.finditer(data))
             found_texts |= {needle for needle in needles if needle in data}
             before = data[-overlap:]
     for number, what in ((len(found_keys), "keys of its samples"), (len(found_texts), "of its texts")):
         if number:
             yield f"{file} holds {number} {what}"
-
-
-def _some(texts: Sequence[str]) -> Sequence[str]:
-    return texts[:: -(-len(texts) // _TEXTS) or 1]

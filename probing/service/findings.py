@@ -1,5 +1,6 @@
 """Findings: the grids and probes that lie beside a lake's captures, by name."""
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,8 @@ from hiddenlake.cache.service.keys import Caller
 from hiddenlake.cache.service.lake import NAME
 from hiddenlake.cache.service.logs import event
 from hiddenlake.cache.service.problems import no_such
+from hiddenlake.cache.store.files import trouble
+from hiddenlake.cache.store.local import LocalBackend
 from hiddenlake.cache.store.reader import Capture
 
 if TYPE_CHECKING:
@@ -37,6 +40,9 @@ _HELD = {"grid": 16, "attrs": 1024, "probe": 1024}
 
 # A file of an array in a grid.
 _FILE = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,127})/(?:zarr\.json|c(?:/[0-9]{1,9}){0,8})")
+
+# What is no file: nothing, a folder, a pipe, a link.
+_NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP})
 
 # Those that save_grid makes arrays with, and the harmless rest of Zarr's own.
 _CODECS = frozenset({"bytes", "vlen-utf8", "zstd", "gzip", "blosc", "crc32c", "transpose", "sharding_indexed"})
@@ -65,13 +71,14 @@ class StoredGrid:
                 metadata.get("attributes", {}).pop("capture", None)
                 raw = json.dumps(metadata).encode()
             elif (file := _FILE.fullmatch(path)) and file[1] in _arrays(self.path, metadata):
-                raw = (self.path / path).read_bytes()
+                raw = LocalBackend(self.path).read(path, _MOST_GRID)
             else:
-                raise FileNotFoundError(path)
+                raise FileNotFoundError(errno.ENOENT, "no file of a grid")
             if _version(self.path / "zarr.json") == self.version:  # afterwards: what was read is of this version
                 return raw
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            pass
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise trouble(f"{self.path.name}/{path}", error) from error
         raise no_such(
             "file of this grid", "the list of grids says where each is now; a chunk that is not there is a hole"
         )

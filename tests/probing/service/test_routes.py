@@ -163,7 +163,9 @@ def test_of_a_grid_only_its_own_files_are_there(client):
     [where] = [grid["zarr"] for grid in grids if grid["name"] == "one"]
     assert client.get(f"{where}/zarr.json").status_code == client.get(f"{where}/auc/zarr.json").status_code == 200
     (client.folder / "grids" / "one.zarr" / "notes").write_text("mine")
-    for path in ("notes", "auc/notes", "auc", "auc/c/99/0/0", "auc/c/0", "../one.zarr/zarr.json", "nothing/zarr.json", "/zarr.json",
+    os.mkfifo(client.folder / "grids" / "one.zarr" / "auc" / "c" / "7")
+    os.symlink(client.folder / "grids" / "one.zarr" / "notes", client.folder / "grids" / "one.zarr" / "auc" / "c" / "8")
+    for path in ("auc/c/7", "auc/c/8", "notes", "auc/notes", "auc", "auc/c/99/0/0", "auc/c/0", "../one.zarr/zarr.json", "nothing/zarr.json", "/zarr.json",
                  "auc/%2e%2e/auc/zarr.json", "%2e%2e/two.zarr/zarr.json", ""):  # fmt: skip
         assert client.get(f"{where}/{path}").status_code == 404, path
     assert client.get(where.replace("cities", "other") + "/zarr.json").status_code == 404
