@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+import os
 import uuid
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hiddenlake.cache.service.problems import Problem
+from hiddenlake.cache.service.sending import ZERO_COPY
 
 # Request line and headers.
 HEAD_BYTES = 1 << 16
@@ -21,20 +24,30 @@ STUCK_SECONDS = 60.0
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, of one client."""
+    """uvicorn's, of one client; and ASGI's `http.response.zerocopysend`, which uvicorn lacks."""
 
     # Heads that began; whether one comes in, and its bytes, without those of the read that it began in.
     _heads, _in_head, _head = 0, False, 0
     _timer: asyncio.TimerHandle | None = None
     _waiting: asyncio.TimerHandle | None = None
+    # A second descriptor of its socket, since a loop lets nobody else wait for the one that a transport has; and who waits.
+    _socket: int | None = None
+    _room: asyncio.Future | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.app = partial(_with_files, self, self.app)
         self._expect_head()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._stop()
         self._stop_waiting()
+        if self._socket is not None:
+            if self._room is not None:
+                self.loop.remove_writer(self._socket)
+                self._has_room()
+            os.close(self._socket)
+            self._socket = None
         super().connection_lost(error)
 
     def on_message_begin(self) -> None:
@@ -45,6 +58,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._stop()
+        if hasattr(os, "sendfile"):
+            self.scope["extensions"] = {ZERO_COPY: {}}
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
@@ -70,6 +85,56 @@ class Connection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self._stop_waiting()
         super().resume_writing()
+
+    async def send_file(self, cycle: Any, message: Any) -> None:
+        """A part of an answer, which has a Content-Length, from a file. Raises EOFError where the file ends too early, OSError.
+
+        cycle : uvicorn's, of the request that is answered.
+        """
+        if cycle.disconnected or self.transport.is_closing():
+            return
+        file, offset, left = message["file"], message["offset"], message["count"]
+        if not cycle.response_started or cycle.chunked_encoding or left > cycle.expected_content_length:
+            raise RuntimeError("a file is sent where the headers did not say how long the body is")
+        cycle.expected_content_length -= left
+        # Nothing of what was written before may be left in the transport.
+        self.transport.set_write_buffer_limits(0)
+        await self.flow.drain()
+        while left and not cycle.disconnected and not self.transport.is_closing():
+            if self._socket is None:
+                self._socket = os.dup(self.transport.get_extra_info("socket").fileno())
+            try:
+                sent = os.sendfile(self._socket, file.fileno(), offset, left)
+            except BlockingIOError:
+                await self._wait_for_room()
+                continue
+            except ConnectionError:
+                self.transport.abort()
+                return
+            if not sent:
+                raise EOFError(f"a file ended {left} bytes before what was to be sent of it")
+            offset, left = offset + sent, left - sent
+        if not cycle.disconnected and not self.transport.is_closing():
+            self.transport.set_write_buffer_limits()
+            if not message.get("more_body", False):
+                await cycle.send({"type": "http.response.body", "body": b""})
+
+    async def _wait_for_room(self) -> None:
+        """Until the socket takes something, or the connection ends."""
+        room = self._room = self.loop.create_future()
+        stuck = self.loop.call_later(STUCK_SECONDS, self.transport.abort)
+        self.loop.add_writer(self._socket, self._has_room)
+        try:
+            await room
+        finally:
+            stuck.cancel()
+            self._room = None
+            if self._socket is not None:
+                self.loop.remove_writer(self._socket)
+
+    def _has_room(self) -> None:
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
 
     def _expect_head(self) -> None:
         self._stop()
@@ -105,3 +170,13 @@ class Connection(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+async def _with_files(connection: Connection, app: Any, scope: Any, receive: Any, send: Any) -> None:
+    """The app, in whose answers files may be."""
+    cycle = send.__self__
+
+    async def send_any(message: Any) -> None:
+        await (connection.send_file(cycle, message) if message["type"] == ZERO_COPY else send(message))
+
+    await app(scope, receive, send_any)

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
 from hiddenlake.cache.errors import CorruptError
 from hiddenlake.cache.service.app import By, With, need, problems
 from hiddenlake.cache.service.problems import Problem, no_such
+from hiddenlake.cache.service.sending import Files, Streamed
 from hiddenlake.cache.store.backend import File
 from hiddenlake.cache.store.commits import Record
+from hiddenlake.cache.store.extents import Extent, in_memory
 from hiddenlake.cache.store.files import trouble
 from hiddenlake.cache.store.snapshot import Snapshot
 
@@ -48,22 +50,22 @@ _PATH, _SUMMARY = "/v1/zarr/{name}/{path:path}", "A file of a capture's Zarr gro
 
 @router.head(_PATH, summary=_SUMMARY, **FILE)
 @router.get(_PATH, summary=_SUMMARY, **FILE)
-def get_file(name: str, path: str, request: Request, parts: With, caller: By) -> Response:
+def get_file(name: str, path: str, request: Request, parts: With, caller: By, files: Files) -> Response:
     """`xarray.open_zarr("http://HOST/v1/zarr/NAME", consolidated=True)`. Samples that are not committed are holes (NaN).
 
     Checked by Zarr's own crc32c codec, in the reader: as a file leaves here, nobody has looked at its bytes.
     """
     snapshot = parts.lake.capture(name, caller).snapshot
-    files = _files(snapshot)
-    if path not in files:
+    known = _files(snapshot)
+    if path not in known:
         raise no_such("file", "zarr.json names the arrays; a chunk that is not there is a hole")
     try:
-        return _respond(snapshot, path, files[path], request)
+        return _respond(snapshot, path, known[path], request, files)
     except OSError as error:
         raise trouble(f"{name}/{path}", error) from error
 
 
-def _respond(snapshot: Snapshot, path: str, record: Record | None, request: Request) -> Response:
+def _respond(snapshot: Snapshot, path: str, record: Record | None, request: Request, files: bool) -> Response:
     if record is None:
         return respond(request, path, _read(snapshot, path))
     size = record.size
@@ -75,7 +77,7 @@ def _respond(snapshot: Snapshot, path: str, record: Record | None, request: Requ
     if request.method == "HEAD":
         file.close()
         return Response(b"", status, headers, media)
-    return StreamingResponse(_parts(file, start, stop), status, headers, media)
+    return Streamed(_parts(file, start, stop, files), status, headers, media)
 
 
 def respond(request: Request, path: str, raw: bytes) -> Response:
@@ -137,11 +139,16 @@ def _open(snapshot: Snapshot, path: str, size: int) -> File:
     return file
 
 
-def _parts(file: File, start: int, stop: int) -> Iterator[memoryview]:
-    """Bytes of a file, which is closed then."""
+def _parts(file: File, start: int, stop: int, files: bool) -> Iterator[memoryview | list[Extent]]:
+    """Bytes of a file, which is closed then. Those in memory are only named if `files`."""
+    files = files and file.fileno() is not None
     try:
         for at in range(start, stop, _PART_BYTES):
-            part = np.empty(min(_PART_BYTES, stop - at), np.uint8)
+            extent = Extent(file, at, min(_PART_BYTES, stop - at))
+            if files and in_memory([extent]):
+                yield [extent]
+                continue
+            part = np.empty(extent.length, np.uint8)
             file.read(at, part)
             yield memoryview(part)
     finally:

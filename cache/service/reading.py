@@ -17,11 +17,15 @@ from hiddenlake.cache.service.read_request import ReadRequest, check_size, missi
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.blocks import blocks
 from hiddenlake.cache.store.coverage import DTYPES
+from hiddenlake.cache.store.extents import Extent, in_memory
 from hiddenlake.cache.store.reader import Capture
 from hiddenlake.cache.store.snapshot import Snapshot, samples_of
 
 # Read, checked and sent at once: large enough that what a block costs does not count, small beside what a server has.
 BLOCK_BYTES = 8 << 20
+
+# Values: in memory, or where the kernel finds them.
+Block = memoryview | list[Extent]
 
 _FORMAT_NAME = {own: name for name, own in NAMES.items()}
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -36,7 +40,8 @@ class Reading:
     nbytes : of the whole answer.
     snapshot : names the moment of the capture that it is of.
     commits : names the commits that hold the samples, where these were named.
-    blocks : gives the values' bytes in their order, each block read and checked when it is asked for.
+    blocks(files) : gives the values' bytes in their order, each block read and checked when it is asked for. What is not to
+        be checked, and lies in memory as it is, is only named if `files`.
     """
 
     head: bytes
@@ -45,7 +50,7 @@ class Reading:
     nbytes: int
     snapshot: str
     commits: str | None
-    blocks: Callable[[], Iterator[memoryview]]
+    blocks: Callable[[bool], Iterator[Block]]
 
 
 def plan_reading(capture: Capture, request: ReadRequest, most_bytes: int) -> Reading:
@@ -94,8 +99,15 @@ class _Plan:
         check_size(shape, _ITEM_BYTES[self.dtype], 4 * len(chosen) * len(rows), len(rows), most_bytes)
         row_bytes = self.width * _ITEM_BYTES[self.dtype]
 
-        def parts() -> Iterator[memoryview]:
+        as_is = self.dtype == snapshot.coverage.dtype
+
+        def parts(files: bool) -> Iterator[Block]:
             for outer, part in blocks([*layers, chosen], rows, row_bytes, BLOCK_BYTES):
+                if files and as_is and not request.check:
+                    extents = snapshot.cell_extents(request.site, outer, part)
+                    if extents is not None and in_memory(extents):
+                        yield extents
+                        continue
                 yield _bytes(snapshot.read_cells(request.site, outer, part, request.dtype, request.check))
 
         def tensors() -> dict[str, np.ndarray]:
@@ -117,7 +129,7 @@ class _Plan:
         )
         row_bytes = self.width * _ITEM_BYTES[self.dtype]
 
-        def parts() -> Iterator[memoryview]:
+        def parts(files: bool) -> Iterator[Block]:
             for outer, part in blocks(layers, places, row_bytes, BLOCK_BYTES):
                 yield _bytes(snapshot.read_tokens(request.site, outer, part, request.dtype, request.check))
 
@@ -164,7 +176,7 @@ class _Plan:
             )  # fmt: skip
         row_bytes = self.width * _ITEM_BYTES[self.dtype]
 
-        def parts() -> Iterator[memoryview]:
+        def parts(files: bool) -> Iterator[Block]:
             for outer, part in blocks(layers, np.arange(len(owner)), row_bytes, BLOCK_BYTES):
                 yield _bytes(self._gather(outer, owner[part], place[part], position[part]))
 
@@ -228,7 +240,7 @@ class _Plan:
     def _reading(
         self,
         shape: tuple[int, ...],
-        parts: Callable[[], Iterator[memoryview]],
+        parts: Callable[[bool], Iterator[Block]],
         tensors: Callable[[], dict[str, np.ndarray]],
         facts: dict[str, Any],
         layers: list[list[int]],

@@ -10,7 +10,7 @@ from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from pydantic import ValidationError
 
 from hiddenlake.cache.service import wire
@@ -18,7 +18,8 @@ from hiddenlake.cache.service.app import By, Parts, With, need, problems
 from hiddenlake.cache.service.keys import Caller
 from hiddenlake.cache.service.problems import Problem
 from hiddenlake.cache.service.read_request import ReadRequest
-from hiddenlake.cache.service.reading import Reading, plan_reading
+from hiddenlake.cache.service.reading import Block, Reading, plan_reading
+from hiddenlake.cache.service.sending import Files, Streamed, Whole
 
 router = APIRouter(tags=["activations"], dependencies=[need("read")])
 
@@ -34,14 +35,14 @@ _CONTENT: dict[int | str, dict[str, Any]] = {
     response_class=Response,
     responses=_CONTENT | problems(404, 409, 413, 500, 503),
 )
-async def read(request: ReadRequest, parts: With, caller: By) -> Response:
+async def read(request: ReadRequest, parts: With, caller: By, files: Files) -> Response:
     """Streamed, C order. Every block is checked before it is sent; damage ends the connection, never the check.
 
     As safetensors: `activations` (layer, position, sample, width), `token_index` (position, sample), and, as metadata, the
     names along the axes. As raw bytes: the values alone, and `X-Hiddenlake-Shape` and `-Dtype`. `X-Hiddenlake-Snapshot`
     names the moment that samples were numbered at, and `-Commits` those that hold samples which were named.
     """
-    return await _answer(request, parts, caller)
+    return await _answer(request, parts, caller, files)
 
 
 @router.get(
@@ -54,6 +55,7 @@ async def read_cell(
     name: str,
     parts: With,
     caller: By,
+    files: Files,
     site: Annotated[str, Query(max_length=64, examples=["mlp_out"])],
     layer: int | None = None,
     position: Annotated[str | None, Query(max_length=64, examples=["exact_answer_last"])] = None,
@@ -69,11 +71,11 @@ async def read_cell(
         )  # fmt: skip
     except ValidationError as error:  # a name that is too long, say
         raise RequestValidationError(error.errors()) from error
-    return await _answer(request, parts, caller)
+    return await _answer(request, parts, caller, files)
 
 
-async def _answer(request: ReadRequest, parts: Parts, caller: Caller) -> Response:
-    reading, blocks, first = await run_sync(_begin, request, parts, caller, limiter=_limiter(_readers(parts)))
+async def _answer(request: ReadRequest, parts: Parts, caller: Caller, files: bool) -> Response:
+    reading, blocks, first = await run_sync(_begin, request, parts, caller, files, limiter=_limiter(_readers(parts)))
     headers = {
         "Content-Length": str(reading.nbytes),
         wire.SHAPE: ",".join(map(str, reading.shape)),
@@ -83,10 +85,10 @@ async def _answer(request: ReadRequest, parts: Parts, caller: Caller) -> Respons
     if reading.commits is not None:
         headers[wire.COMMITS] = reading.commits
 
-    if len(reading.head) + (0 if first is None else len(first)) == reading.nbytes:
-        return _Whole(reading.head, first, headers, _MEDIA[request.format])
+    if len(reading.head) + _size(first) == reading.nbytes:
+        return Whole([reading.head, first or b""], headers, _MEDIA[request.format])
 
-    async def body() -> AsyncIterator[bytes | memoryview]:
+    async def body() -> AsyncIterator[bytes | Block]:
         if reading.head:
             yield reading.head
         block = first
@@ -94,21 +96,7 @@ async def _answer(request: ReadRequest, parts: Parts, caller: Caller) -> Respons
             yield block
             block = await run_sync(_next, blocks, parts, limiter=_limiter(_readers(parts)))
 
-    return StreamingResponse(body(), headers=headers, media_type=_MEDIA[request.format])
-
-
-class _Whole(Response):
-    """An answer of which everything is there."""
-
-    def __init__(self, head: bytes, block: memoryview | None, headers: dict[str, str], media_type: str) -> None:
-        super().__init__(None, 200, headers, media_type)
-        self._parts = [part for part in (head, block) if part]
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for part in self._parts[:-1]:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": self._parts[-1] if self._parts else b""})
+    return Streamed(body(), headers=headers, media_type=_MEDIA[request.format])
 
 
 def _readers(parts: Parts) -> int:
@@ -126,8 +114,8 @@ def _limiter(readers: int) -> CapacityLimiter:
 
 
 def _begin(
-    request: ReadRequest, parts: Parts, caller: Caller
-) -> tuple[Reading, Iterator[memoryview], memoryview | None]:
+    request: ReadRequest, parts: Parts, caller: Caller, files: bool
+) -> tuple[Reading, Iterator[Block], Block | None]:
     """The first block is read before the answer begins, so that what is wrong there is said in words."""
     capture = parts.lake.capture(request.capture, caller)
     parts.holdings.use(request.capture)
@@ -139,14 +127,21 @@ def _begin(
         # A sample, perhaps, that was committed a moment ago.
         parts.lake.refresh(request.capture)
         reading = plan_reading(parts.lake.capture(request.capture, caller), request, parts.settings.max_read)
-    blocks = reading.blocks()
+    blocks = reading.blocks(files)
     return reading, blocks, _next(blocks, parts)
 
 
-def _next(blocks: Iterator[memoryview], parts: Parts) -> memoryview | None:
+def _next(blocks: Iterator[Block], parts: Parts) -> Block | None:
     start = time.perf_counter()
     block = next(blocks, None)
     if block is not None:
         parts.metrics.read_seconds.observe(time.perf_counter() - start)
-        parts.metrics.read_bytes.inc(len(block))
+        parts.metrics.read_bytes.inc(_size(block))
     return block
+
+
+def _size(block: Block | None) -> int:
+    """Its bytes."""
+    if isinstance(block, list):
+        return sum(extent.length for extent in block)
+    return 0 if block is None else len(block)

@@ -35,6 +35,9 @@ class File(Protocol):
         """All bytes, (size,) uint8, fetched where they are touched; None where that cannot be done. They may be used
         after `close`."""
 
+    def fileno(self) -> int | None:
+        """A descriptor by which the kernel copies bytes without us; None where there is none. Good until `close`."""
+
     def close(self) -> None:
         """Let go of it, once nobody uses it."""
 

@@ -271,6 +271,9 @@ class LocalFile:
     def will_need(self, offset: int, length: int) -> None:
         files.will_need(self._descriptor, offset, length)
 
+    def fileno(self) -> int | None:
+        return self._descriptor
+
     def mapped(self) -> np.ndarray | None:
         if self._map is None and self.size:
             memory = mmap.mmap(self._descriptor, self.size, prot=mmap.PROT_READ)

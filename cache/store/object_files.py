@@ -75,6 +75,9 @@ class ObjectFile:
     def mapped(self) -> np.ndarray | None:
         return None
 
+    def fileno(self) -> int | None:
+        return None
+
     def close(self) -> None:
         """Nothing is held."""
 

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -205,6 +207,45 @@ def in_process(lake: Path, scope: str | None = "admin", tenant: str | None = Non
     with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False, headers=headers) as client:
         client.parts, client.key = parts, key
         yield client
+
+
+@contextmanager
+def over_socket(lake: Path, loop: str = "auto") -> Iterator[tuple[Any, tuple[str, int], str]]:
+    """The app in this process, behind a socket, where its limits can be set: (uvicorn's server, its address, a key)."""
+    import uvicorn
+
+    from hiddenlake.cache.service.app import make_app
+    from hiddenlake.cache.service.connection import Connection
+    from hiddenlake.cache.service.serving import make_parts
+    from hiddenlake.cache.service.settings import load_settings
+
+    parts = make_parts(lake, load_settings({})[0])
+    config = uvicorn.Config(make_app(parts), http=Connection, loop=loop, ws="none", log_config=None, lifespan="on")
+    running = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            yield running, listening.getsockname(), parts.keys.add("tests")
+        finally:
+            running.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def wait_until_idle(running: Any, deadline: float) -> None:
+    """Until a server has neither connections nor requests."""
+    while running.server_state.connections or running.server_state.tasks:
+        assert time.monotonic() < deadline, running.server_state.connections
+        time.sleep(0.05)
+
+
+def post(path: str, key: str, body: str) -> bytes:
+    """A request as its bytes."""
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    ).encode()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import socket
-import threading
 import time
 
 import httpx
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hiddenlake.cache.service import gate as gate_module
-from hiddenlake.cache.service.app import is_loopback, make_app
+from hiddenlake.cache.service.app import is_loopback
 from hiddenlake.cache.service.gate import OPEN_PATHS
 from hiddenlake.cache.service.keys import Caller
 
@@ -375,149 +374,3 @@ def test_one_key_has_its_share_alone(server, serve, lake):
     while httpx.get(f"{one.url}/v1/captures", headers=headers, timeout=60).status_code != 200:
         assert time.monotonic() < deadline + 60
         time.sleep(0.02)
-
-
-def test_headers_without_an_end(server):
-    """A head is bounded before anybody is asked for a key."""
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: ")
-        sent = 0
-        try:
-            while sent < 64 << 20:
-                sent += connection.send(b"x" * 65536)
-        except OSError:
-            pass
-        assert sent < 16 << 20
-    answer = _raw(server, b"GET /" + b"x" * 70_000)
-    if answer:  # else the connection is gone already
-        assert answer.startswith(b"HTTP/1.1 431") and json.loads(answer.partition(b"\r\n\r\n")[2]).keys() == PROBLEM
-
-
-def _raw(server, data, pieces=7):
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as connection:
-        answer = b""
-        try:
-            for at in range(0, len(data), len(data) // pieces + 1):
-                connection.sendall(data[at : at + len(data) // pieces + 1])
-                time.sleep(0.01)
-            connection.shutdown(socket.SHUT_WR)
-            while part := connection.recv(65536):
-                answer += part
-        except OSError:
-            pass
-        return answer
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b"nonsense\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET \xff HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00",
-     b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-     b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-     b"GET / HTTP/1.1\r\nHost: a\r\nX-Request-Id: a\rb\r\n\r\n"],
-)  # fmt: skip
-def test_what_is_no_request(server, data):
-    answer = _raw(server, data, 1)
-    assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 401", b"HTTP/1.1 421")), answer
-    assert json.loads(answer.partition(b"\r\n\r\n")[2]).keys() == PROBLEM
-    assert server.http.get("/healthz").status_code == 200
-
-
-def test_an_empty_line_comes_before_a_request(server):
-    """As HTTP allows, also in a read of its own."""
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as connection:
-        connection.sendall(b"\r\n")
-        time.sleep(0.2)
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-    assert "Error" not in server.text().rpartition("/healthz")[2]
-
-
-def test_a_websocket_is_refused(server):
-    answer = _raw(
-        server,
-        b"GET /v1/captures HTTP/1.1\r\nHost: localhost\r\nConnection: close, Upgrade\r\nUpgrade: websocket\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
-    )
-    assert answer.startswith(b"HTTP/1.1 401")
-
-
-def test_connections_that_say_nothing_are_closed(lake, monkeypatch):
-    """Nor those that send a head byte by byte, or never take their answer: with limits as short as a test is."""
-    import uvicorn
-
-    from hiddenlake.cache.service import connection as connection_module
-    from hiddenlake.cache.service.serving import make_parts
-    from hiddenlake.cache.service.settings import load_settings
-
-    monkeypatch.setattr(connection_module, "HEAD_SECONDS", 0.3)
-    monkeypatch.setattr(connection_module, "STUCK_SECONDS", 0.3)
-    parts = make_parts(lake, load_settings({})[0])
-    key = parts.keys.add("tests")
-    config = uvicorn.Config(
-        make_app(parts), http=connection_module.Connection, ws="none", log_config=None, lifespan="on"
-    )
-    running, listening = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
-    monkeypatch.setattr(running, "install_signal_handlers", lambda: None, raising=False)
-    thread.start()
-    try:
-        silent, trickling, deaf = (socket.create_connection(listening.getsockname(), timeout=10) for _ in range(3))
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        body = json.dumps({"capture": "exact", "site": "mlp_act", "tokens": "all", "samples": [0, 1, 2, 5] * 5000})
-        deaf.sendall(
-            f"POST /v1/activations:read HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
-        )
-        start = time.monotonic()
-        assert silent.recv(10) == b""
-        with pytest.raises(OSError):
-            for _ in range(200):
-                trickling.sendall(b"G")
-                time.sleep(0.01)
-        deadline = start + 20
-        while running.server_state.connections or running.server_state.tasks:
-            assert time.monotonic() < deadline, running.server_state.connections
-            time.sleep(0.05)
-    finally:
-        for one in (silent, trickling, deaf):
-            one.close()
-        running.should_exit = True
-        thread.join(20)
-
-
-def test_clients_that_leave_in_the_middle_leave_nothing(server):
-    """Neither threads nor descriptors, nor places."""
-    body = json.dumps({"capture": "exact", "site": "mlp_act", "tokens": "all", "samples": [0, 1, 2, 5] * 2000}).encode()
-    request = (
-        f"POST /v1/activations:read HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {server.key}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    ).encode() + body
-    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
-
-    def leave(count):
-        for _ in range(count):
-            with socket.create_connection(address, timeout=30) as connection:
-                connection.sendall(request)
-                head = connection.recv(4096)
-                assert head.startswith(b"HTTP/1.1 200"), head[:300]
-                assert int(re.search(rb"content-length: (\d+)", head)[1]) > 4 << 20
-
-    def threads():
-        import psutil
-
-        return psutil.Process(server.process.pid).num_threads()
-
-    leave(20)  # worker threads, and files that stay open
-    time.sleep(0.5)
-    before = server.descriptors(), threads()
-    leave(200)
-    deadline = time.monotonic() + 20
-    # Pools of threads fill up to what they may hold, which is far less than one for each request.
-    while (server.descriptors() > before[0] + 3 or threads() > before[1] + 40) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert server.descriptors() <= before[0] + 3 and threads() <= before[1] + 40
-    while (found := re.findall("^hiddenlake_requests_in_progress (.*)$", server.http.get("/metrics").text, re.M)) != [
-        "1.0"
-    ]:
-        assert time.monotonic() < deadline, found  # the one is this request
-        time.sleep(0.1)

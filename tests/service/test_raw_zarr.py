@@ -200,8 +200,8 @@ def test_a_file_that_becomes_shorter_while_it_is_sent(lake, serve, monkeypatch):
         taken = []
         real = raw_zarr._parts
 
-        def parts(file, start, stop):
-            for number, part in enumerate(real(file, start, stop)):
+        def parts(file, start, stop, files):
+            for number, part in enumerate(real(file, start, stop, files)):
                 taken.append(part)
                 yield part
                 if number == 3:

@@ -17,7 +17,7 @@ from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.signing import sign
 from hiddenlake.cache.testing import small
 
-from .conftest import CAPTURES, SAMPLES, capture_of, in_process, problem, write_capture
+from .conftest import CAPTURES, SAMPLES, add_key, capture_of, in_process, post, problem, write_capture
 
 OURS = [name for name in CAPTURES if name != "theirs"]
 SITES_THERE = ("mlp_act", "resid_post", "embed")
@@ -268,7 +268,6 @@ def test_damage_in_the_first_block_is_said(lake, format):
 
 def test_damage_further_on_breaks_the_connection(lake, serve, tmp_path):
     """Never a complete body, over a real socket; and the next request is answered."""
-    from .conftest import add_key
 
     big = lake / "big"
     write_capture(big, "tokens", "float32", "none", samples=60)
@@ -347,7 +346,7 @@ def test_a_capture_that_is_replaced_while_it_is_read(lake, monkeypatch):
         from hiddenlake.cache.errors import StoreError
         from hiddenlake.cache.service.read_request import ReadRequest
 
-        blocks = reading.plan_reading(capture, ReadRequest(**body), 1 << 30).blocks()
+        blocks = reading.plan_reading(capture, ReadRequest(**body), 1 << 30).blocks(False)
         next(blocks)
         shutil.rmtree(lake / "cells")
         (lake / "new").rename(lake / "cells")
@@ -433,16 +432,10 @@ def test_a_commit_that_claims_absurd_files(lake):
 
 def test_the_socket_says_so_when_a_body_is_not_whole(lake, serve):
     """The client is told by the connection alone: the headers said how long the body is."""
-    from .conftest import add_key
-
     one = serve(lake, key=add_key(lake, "tests"))
-    body = json.dumps({"capture": "exact", "site": "mlp_act", "tokens": "all", "samples": [5] * 8000}).encode()
+    body = json.dumps({"capture": "exact", "site": "mlp_act", "tokens": "all", "samples": [5] * 8000})
     with socket.create_connection(("127.0.0.1", int(one.url.rpartition(":")[2]))) as connection:
-        connection.sendall(
-            f"POST /v1/activations:read HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {one.key}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            + body
-        )
+        connection.sendall(post("/v1/activations:read", one.key, body))
         head = connection.recv(65536)
         length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         shutil.rmtree(lake / "exact")  # in the middle

@@ -1,0 +1,54 @@
+"""Sending: answers in parts, some of which lie in files, from where the kernel copies them itself."""
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from fastapi.responses import Response, StreamingResponse
+
+from hiddenlake.cache.store.extents import Extent
+
+# ASGI's extension, which a server offers that has sendfile.
+ZERO_COPY = "http.response.zerocopysend"
+
+
+async def sends_files(request: Request) -> bool:
+    """A dependency: whether the server offers it."""
+    return ZERO_COPY in (request.scope.get("extensions") or {})
+
+
+Files = Annotated[bool, Depends(sends_files)]
+
+
+async def send_part(send: Any, part: bytes | memoryview | list[Extent], more: bool) -> None:
+    """more : whether another part follows."""
+    if not isinstance(part, list):
+        await send({"type": "http.response.body", "body": part, "more_body": more})
+        return
+    for number, (file, offset, count) in enumerate(part, 1):
+        last = not more and number == len(part)
+        await send({"type": ZERO_COPY, "file": file, "offset": offset, "count": count, "more_body": not last})
+
+
+class Whole(Response):
+    """An answer of which everything is there."""
+
+    def __init__(
+        self, parts: list[bytes | memoryview | list[Extent]], headers: dict[str, str], media_type: str
+    ) -> None:
+        super().__init__(None, 200, headers, media_type)
+        self._parts = [part for part in parts if part]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for number, part in enumerate(self._parts or [b""], 1):
+            await send_part(send, part, more=number < len(self._parts))
+
+
+class Streamed(StreamingResponse):
+    """An answer whose parts are made while it is sent. Parts may be extents if the server offers to send files."""
+
+    async def stream_response(self, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for part in self.body_iterator:
+            await send_part(send, part, more=True)
+        await send_part(send, b"", more=False)

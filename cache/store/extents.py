@@ -1,0 +1,29 @@
+"""Extents: values as they lie in files, for whoever lets the kernel copy them."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from hiddenlake.cache.store.backend import File
+
+# Bytes between those that are looked for in memory: as the kernel reads ahead, those between come and go with them.
+_PROBE_BYTES = 128 << 10
+
+
+class Extent(NamedTuple):
+    """length bytes of a local file from offset on."""
+
+    file: File
+    offset: int
+    length: int
+
+
+def in_memory(extents: Iterable[Extent]) -> bool:
+    """Whether they can be copied without waiting for a disk, as far as a look at one byte in many tells."""
+    byte = np.empty(1, np.uint8)
+    for file, offset, length in extents:
+        for at in (*range(offset, offset + length, _PROBE_BYTES), offset + length - 1):
+            if not file.read_cached(at, byte):
+                return False
+    return True

@@ -1,0 +1,219 @@
+"""What is not checked is sent from its file by the kernel: the same bytes, whoever takes them, however slowly."""
+
+import itertools
+import json
+import os
+import socket
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+from hiddenlake.cache.service import connection, raw_zarr, reading
+from hiddenlake.cache.store import snapshot as snapshot_module
+from hiddenlake.cache.store.local import LocalFile
+from hiddenlake.cache.testing import small
+
+from .conftest import CAPTURES, SAMPLES, capture_of, over_socket, post, wait_until_idle, write_capture
+
+ALL = range(SAMPLES)
+SAMPLE_LISTS = {"all": None, "reversed": [*ALL][::-1], "some": [1, 2, 3, 7, 8, 12], "one": [5], "twice": [4, 5, 4, 5]}
+HTTP = httpx.Client(timeout=60)
+LOOPS = ["asyncio", "uvloop"]
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """What os.sendfile gave each time, or the error. Runs of any length are extents, and all is in memory: not every file system
+    tells."""
+    monkeypatch.setattr(snapshot_module, "_EXTENT_BYTES", 0)
+    monkeypatch.setattr(LocalFile, "read_cached", lambda self, offset, out: self.read(offset, out) is None)
+    found, real = [], os.sendfile
+
+    def sendfile(*arguments):
+        try:
+            found.append(real(*arguments))
+        except OSError as error:
+            found.append(error)
+            raise
+        return found[-1]
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    return found
+
+
+@pytest.fixture
+def wide(lake, monkeypatch):
+    """A capture whose runs are long by themselves: 128 KiB."""
+    monkeypatch.setattr(small, "_WIDTHS", {"hidden": 16384, "d_mlp": 8})
+    write_capture(lake / "wide", "cells", "bfloat16", "none")
+    return lake
+
+
+def by_kernel(sent, expected):
+    """Bytes, of which the last may be with the client before they are noted here."""
+    deadline = time.monotonic() + 2
+    while (found := sum(one for one in sent if isinstance(one, int))) != expected and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return found
+
+
+def ask(address, key, **body):
+    headers = {"Authorization": f"Bearer {key}", "Connection": "close"}
+    response = HTTP.post(f"http://127.0.0.1:{address[1]}/v1/activations:read", json=body, headers=headers)
+    assert response.status_code == 200, response.text
+    return response
+
+
+def take(connection, piece=1 << 20, pause=0.0):
+    """(head, body) of one answer with a Content-Length."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(1)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    parts = [body]
+    left = length - len(body)
+    while left and (part := connection.recv(min(piece, left))):
+        parts.append(part)
+        left -= len(part)
+        time.sleep(pause)
+    return head, b"".join(parts), length
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_bytes_are_those_that_are_checked(lake, sent, loop):
+    """And only those go by the kernel that lie in the file as they are asked for."""
+    went = 0
+    with over_socket(lake, loop) as (_, address, key):
+        for name, (kind, _, codec) in CAPTURES.items():
+            if kind == "tokens" or name == "theirs":
+                continue
+            coverage = capture_of(lake, name).coverage
+            for site, samples, format, dtype in itertools.product(
+                coverage.sites, SAMPLE_LISTS, ("raw", "safetensors"), ("stored", "float32")
+            ):
+                body = {"capture": name, "site": site, "format": format, "dtype": dtype}
+                one = body | {"positions": [coverage.positions[1]]}
+                if site != "embed":
+                    one["layers"] = [coverage.layers[-1]]
+                for body in (body, one):
+                    if SAMPLE_LISTS[samples] is not None:
+                        body["samples"] = SAMPLE_LISTS[samples]
+                    checked = ask(address, key, **body)
+                    assert not sent
+                    unchecked = ask(address, key, check=False, **body)
+                    assert unchecked.content == checked.content and len(unchecked.content) > 0
+                    same = ("content-length", "x-hiddenlake-shape", "x-hiddenlake-snapshot", "content-type")
+                    assert [unchecked.headers[n] for n in same] == [checked.headers[n] for n in same]
+                    as_is = codec == "none" and dtype == "stored"
+                    values = np.prod([int(n) for n in checked.headers["x-hiddenlake-shape"].split(",")]) * 2
+                    expected = int(values) if as_is else 0
+                    assert by_kernel(sent, expected) == expected, (body, sent)
+                    went += expected
+                    sent.clear()
+    assert went > 100_000
+
+
+def test_short_runs_are_copied(lake, monkeypatch):
+    """A system call for each row would cost more."""
+    monkeypatch.setattr(os, "sendfile", None)
+    with over_socket(lake) as (_, address, key):
+        body = {"capture": "cells", "site": "resid_post", "format": "raw"}
+        assert ask(address, key, check=False, **body).content == ask(address, key, **body).content
+
+
+def test_what_is_not_in_memory_is_read_by_a_thread(lake, sent, monkeypatch):
+    """The loop, which serves everybody, never waits for a disk."""
+    monkeypatch.setattr(LocalFile, "read_cached", lambda self, offset, out: False)
+    with over_socket(lake) as (_, address, key):
+        body = {"capture": "cells", "site": "resid_post"}
+        assert ask(address, key, check=False, **body).content == ask(address, key, **body).content
+    assert not sent
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_slow_client_gets_all_of_it(wide, sent, loop):
+    """Many blocks, through a socket that is full most of the time; and a second request that was sent behind the first."""
+    body = json.dumps(
+        {"capture": "wide", "site": "resid_post", "samples": [*ALL] * 12, "check": False, "format": "raw"}
+    )
+    short = json.dumps({"capture": "wide", "site": "resid_post", "check": False, "format": "raw"})
+    with over_socket(wide, loop) as (running, address, key):
+        expected = ask(address, key, **json.loads(body) | {"check": True}).content
+        assert len(expected) > 2 * reading.BLOCK_BYTES
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+            slow.connect(address)
+            slow.settimeout(60)
+            slow.sendall(post("/v1/activations:read", key, body) + post("/v1/activations:read", key, short))
+            time.sleep(0.3)
+            _, got, _ = take(slow, 200_000, 0.001)
+            assert got == expected
+            _, got, _ = take(slow)
+            assert got == ask(address, key, **json.loads(short) | {"check": True}).content
+        assert sum(isinstance(one, BlockingIOError) for one in sent) > 5
+        wait_until_idle(running, time.monotonic() + 20)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_who_leaves_and_who_never_takes_it(wide, sent, monkeypatch, loop):
+    monkeypatch.setattr(connection, "STUCK_SECONDS", 0.5)
+    body = json.dumps({"capture": "wide", "site": "resid_post", "samples": [*ALL] * 12, "check": False})
+    with over_socket(wide, loop) as (running, address, key):
+        request = post("/v1/activations:read", key, body)
+        ask(address, key, capture="wide", site="resid_post", check=False)
+        wait_until_idle(running, time.monotonic() + 20)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            with socket.create_connection(address, timeout=20) as leaving:
+                leaving.sendall(request)
+                leaving.recv(1000)
+        deaf = socket.create_connection(address, timeout=20)
+        deaf.sendall(request)
+        wait_until_idle(running, time.monotonic() + 20)
+        deaf.close()
+        assert any(isinstance(one, BlockingIOError) for one in sent)
+        assert len(os.listdir("/proc/self/fd")) <= before
+        assert ask(address, key, capture="wide", site="resid_post", check=False).content
+
+
+def test_a_file_that_ends_too_early_breaks_the_connection(lake, sent, monkeypatch):
+    """The client is told by the connection, as its length was promised; never by other bytes."""
+    body = {"capture": "cells", "site": "resid_post", "check": False, "format": "raw"}
+    with over_socket(lake) as (running, address, key):
+        whole = ask(address, key, **body).content  # the files are open now
+        for file in (lake / "cells" / "resid_post").iterdir():
+            if file.name.startswith("c."):
+                os.truncate(file, 4096)
+        monkeypatch.setattr(reading, "in_memory", lambda extents: True)
+        with socket.create_connection(address, timeout=20) as client:
+            client.sendall(post("/v1/activations:read", key, json.dumps(body)))
+            _, got, length = take(client)
+        assert length == len(whole) and len(got) < length and whole.startswith(got)
+        monkeypatch.undo()
+        refused = httpx.post(
+            f"http://127.0.0.1:{address[1]}/v1/activations:read", json=body, headers={"Authorization": f"Bearer {key}"}
+        )
+        assert refused.status_code == 500 and refused.json()["type"] == "corrupt"
+        wait_until_idle(running, time.monotonic() + 20)
+
+
+def test_files_of_arrays(lake, sent, monkeypatch):
+    monkeypatch.setattr(raw_zarr, "_PART_BYTES", 1000)
+    write_capture(lake / "big", "tokens", "float32", "zstd", samples=2)
+    with over_socket(lake) as (_, address, key):
+        capture = capture_of(lake, "big")
+        names = [name for name in capture.commits[0].files if not name.startswith("samples/")]
+        for name in names:
+            there = (lake / "big" / name).read_bytes()
+            for first, last in ((0, len(there) - 1), (1, len(there) - 2), (len(there) // 2, len(there) // 2)):
+                got = httpx.get(
+                    f"http://127.0.0.1:{address[1]}/v1/zarr/big/{name}",
+                    headers={"Authorization": f"Bearer {key}", "Range": f"bytes={first}-{last}"},
+                )
+                assert got.status_code == 206 and got.content == there[first : last + 1]
+                assert by_kernel(sent, len(got.content)) == len(got.content)
+                sent.clear()
+    assert len(names) > 2
