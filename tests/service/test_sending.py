@@ -98,19 +98,19 @@ def test_the_bytes_are_those_that_are_checked(lake, sent, loop):
                 one = body | {"positions": [coverage.positions[1]]}
                 if site != "embed":
                     one["layers"] = [coverage.layers[-1]]
-                for body in (body, one):
+                for asked in (body, one):
                     if SAMPLE_LISTS[samples] is not None:
-                        body["samples"] = SAMPLE_LISTS[samples]
-                    checked = ask(address, key, **body)
+                        asked["samples"] = SAMPLE_LISTS[samples]
+                    checked = ask(address, key, **asked)
                     assert not sent
-                    unchecked = ask(address, key, check=False, **body)
+                    unchecked = ask(address, key, check=False, **asked)
                     assert unchecked.content == checked.content and len(unchecked.content) > 0
                     same = ("content-length", "x-hiddenlake-shape", "x-hiddenlake-snapshot", "content-type")
                     assert [unchecked.headers[n] for n in same] == [checked.headers[n] for n in same]
                     as_is = codec == "none" and dtype == "stored"
                     values = np.prod([int(n) for n in checked.headers["x-hiddenlake-shape"].split(",")]) * 2
                     expected = int(values) if as_is else 0
-                    assert by_kernel(sent, expected) == expected, (body, sent)
+                    assert by_kernel(sent, expected) == expected, (asked, sent)
                     went += expected
                     sent.clear()
     assert went > 100_000
