@@ -11,7 +11,9 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hiddenlake.cache.service.problems import Problem
-from hiddenlake.cache.service.sending import ZERO_COPY
+from hiddenlake.cache.service.sending import EXTENTS
+from hiddenlake.cache.store.backend import File
+from hiddenlake.cache.store.extents import size
 
 # Request line and headers.
 HEAD_BYTES = 1 << 16
@@ -24,7 +26,7 @@ STUCK_SECONDS = 60.0
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, of one client; and ASGI's `http.response.zerocopysend`, which uvicorn lacks."""
+    """uvicorn's, of one client; and parts of answers that the kernel copies from files, which uvicorn lacks."""
 
     # Heads that began; whether one comes in, and its bytes, without those of the read that it began in.
     _heads, _in_head, _head = 0, False, 0
@@ -59,7 +61,7 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._stop()
         if hasattr(os, "sendfile"):
-            self.scope["extensions"] = {ZERO_COPY: {}}
+            self.scope["extensions"] = {EXTENTS: {}}
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
@@ -86,21 +88,32 @@ class Connection(HttpToolsProtocol):
         self._stop_waiting()
         super().resume_writing()
 
-    async def send_file(self, cycle: Any, message: Any) -> None:
-        """A part of an answer, which has a Content-Length, from a file. Raises EOFError where the file ends too early, OSError.
+    async def send_extents(self, cycle: Any, message: Any) -> None:
+        """A part of an answer that has a Content-Length. Raises EOFError where a file ends too early, OSError.
 
         cycle : uvicorn's, of the request that is answered.
         """
         if cycle.disconnected or self.transport.is_closing():
             return
-        file, offset, left = message["file"], message["offset"], message["count"]
-        if not cycle.response_started or cycle.chunked_encoding or left > cycle.expected_content_length:
+        length = size(message["extents"])
+        if not cycle.response_started or cycle.chunked_encoding or length > cycle.expected_content_length:
             raise RuntimeError("a file is sent where the headers did not say how long the body is")
-        cycle.expected_content_length -= left
+        cycle.expected_content_length -= length
         # Nothing of what was written before may be left in the transport.
         self.transport.set_write_buffer_limits(0)
         await self.flow.drain()
-        while left and not cycle.disconnected and not self.transport.is_closing():
+        for extent in message["extents"]:
+            if not await self._copy(cycle, *extent):
+                return
+        self.transport.set_write_buffer_limits()
+        if not message["more_body"]:
+            await cycle.send({"type": "http.response.body", "body": b""})
+
+    async def _copy(self, cycle: Any, file: File, offset: int, left: int) -> bool:
+        """An extent, into the socket. Returns whether the connection is still there."""
+        while not cycle.disconnected and not self.transport.is_closing():
+            if not left:
+                return True
             if self._socket is None:
                 self._socket = os.dup(self.transport.get_extra_info("socket").fileno())
             try:
@@ -110,14 +123,11 @@ class Connection(HttpToolsProtocol):
                 continue
             except ConnectionError:
                 self.transport.abort()
-                return
+                break
             if not sent:
                 raise EOFError(f"a file ended {left} bytes before what was to be sent of it")
             offset, left = offset + sent, left - sent
-        if not cycle.disconnected and not self.transport.is_closing():
-            self.transport.set_write_buffer_limits()
-            if not message.get("more_body", False):
-                await cycle.send({"type": "http.response.body", "body": b""})
+        return False
 
     async def _wait_for_room(self) -> None:
         """Until the socket takes something, or the connection ends."""
@@ -162,6 +172,9 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, problem: Problem) -> None:
         """Before there is a request that the gate could answer."""
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.abort()  # what was written now would be taken for a part of that answer
+            return
         id = uuid.uuid4().hex
         body = json.dumps(problem.body(id)).encode()
         head = (
@@ -177,6 +190,6 @@ async def _with_files(connection: Connection, app: Any, scope: Any, receive: Any
     cycle = send.__self__
 
     async def send_any(message: Any) -> None:
-        await (connection.send_file(cycle, message) if message["type"] == ZERO_COPY else send(message))
+        await (connection.send_extents(cycle, message) if message["type"] == EXTENTS else send(message))
 
     await app(scope, receive, send_any)

@@ -16,8 +16,9 @@ from hiddenlake.cache.service.keys import Caller, Keys
 from hiddenlake.cache.service.logs import event, logger
 from hiddenlake.cache.service.metrics import Metrics
 from hiddenlake.cache.service.problems import Problem, problem_of
-from hiddenlake.cache.service.sending import ZERO_COPY
+from hiddenlake.cache.service.sending import EXTENTS
 from hiddenlake.cache.service.tracing import Tracer
+from hiddenlake.cache.store.extents import size
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -200,7 +201,7 @@ class _Request:
             added = [(n.encode(), v.encode()) for n, v in ours.items() if n.lower().encode() not in names]
             message = {**message, "headers": [*message.get("headers", ()), *added]}
         else:
-            self._sent += message["count"] if message["type"] == ZERO_COPY else len(message.get("body", b""))
+            self._sent += size(message["extents"]) if message["type"] == EXTENTS else len(message.get("body", b""))
             self._complete = not message.get("more_body", False)
         await self._inner_send(message)
 

@@ -20,6 +20,7 @@ from hiddenlake.cache.service.problems import Problem
 from hiddenlake.cache.service.read_request import ReadRequest
 from hiddenlake.cache.service.reading import Block, Reading, plan_reading
 from hiddenlake.cache.service.sending import Files, Streamed, Whole
+from hiddenlake.cache.store.extents import size
 
 router = APIRouter(tags=["activations"], dependencies=[need("read")])
 
@@ -143,5 +144,5 @@ def _next(blocks: Iterator[Block], parts: Parts) -> Block | None:
 def _size(block: Block | None) -> int:
     """Its bytes."""
     if isinstance(block, list):
-        return sum(extent.length for extent in block)
+        return size(block)
     return 0 if block is None else len(block)

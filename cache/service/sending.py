@@ -7,13 +7,13 @@ from fastapi.responses import Response, StreamingResponse
 
 from hiddenlake.cache.store.extents import Extent
 
-# ASGI's extension, which a server offers that has sendfile.
-ZERO_COPY = "http.response.zerocopysend"
+# What `Connection` offers: a part of an answer as `extents`. (ASGI's own extension has a message for each of them.)
+EXTENTS = "hiddenlake.response.extents"
 
 
 async def sends_files(request: Request) -> bool:
     """A dependency: whether the server offers it."""
-    return ZERO_COPY in (request.scope.get("extensions") or {})
+    return EXTENTS in (request.scope.get("extensions") or {})
 
 
 Files = Annotated[bool, Depends(sends_files)]
@@ -21,12 +21,10 @@ Files = Annotated[bool, Depends(sends_files)]
 
 async def send_part(send: Any, part: bytes | memoryview | list[Extent], more: bool) -> None:
     """more : whether another part follows."""
-    if not isinstance(part, list):
+    if isinstance(part, list):
+        await send({"type": EXTENTS, "extents": part, "more_body": more})
+    else:
         await send({"type": "http.response.body", "body": part, "more_body": more})
-        return
-    for number, (file, offset, count) in enumerate(part, 1):
-        last = not more and number == len(part)
-        await send({"type": ZERO_COPY, "file": file, "offset": offset, "count": count, "more_body": not last})
 
 
 class Whole(Response):

@@ -19,6 +19,11 @@ class Extent(NamedTuple):
     length: int
 
 
+def size(extents: Iterable[Extent]) -> int:
+    """Their bytes."""
+    return sum(extent.length for extent in extents)
+
+
 def in_memory(extents: Iterable[Extent]) -> bool:
     """Whether they can be copied without waiting for a disk, as far as a look at one byte in many tells."""
     byte = np.empty(1, np.uint8)

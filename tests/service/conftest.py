@@ -18,6 +18,8 @@ import httpx
 import numpy as np
 import pytest
 
+from hiddenlake import connect
+from hiddenlake.cache.client import asking
 from hiddenlake.cache.positions import ABSENT
 from hiddenlake.cache.sites import SITES
 from hiddenlake.cache.store.backend import open_backend
@@ -25,6 +27,8 @@ from hiddenlake.cache.store.coverage import DTYPES
 from hiddenlake.cache.store.labels import add_label
 from hiddenlake.cache.store.reader import Capture, open_capture
 from hiddenlake.cache.testing import small
+
+from .proxy import proxy
 
 SAMPLES = 13
 START_SECONDS = 60
@@ -274,3 +278,44 @@ def problem(response: Any, status: int, kind: str | None = None) -> dict[str, An
     assert body["request_id"] == response.headers["x-request-id"]
     assert kind is None or body["type"] == kind, body
     return body
+
+
+# Clients of `server`.
+
+
+@pytest.fixture(scope="module")
+def key(server):
+    return add_key(server.lake, "reader")
+
+
+@pytest.fixture(scope="module")
+def remote(server, key):
+    with connect(server.url, key) as lake:
+        yield lake
+
+
+@pytest.fixture(scope="module")
+def local(server):
+    return connect(server.lake)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No waiting between attempts."""
+    monkeypatch.setattr(asking, "FIRST_SECONDS", 0.001)
+
+
+@pytest.fixture
+def between(server, key):
+    """(Proxy, capture through it, whose next request makes a connection)."""
+    with proxy(server.url) as found, connect(found.url, key) as lake:
+        capture = lake.capture("exact")
+        lake.close()
+        found.connections = 0
+        yield found, capture
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> None:
+    """Bit for bit."""
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    assert np.ascontiguousarray(found).tobytes() == np.ascontiguousarray(expected).tobytes()

@@ -12,9 +12,9 @@ from hiddenlake.cache.client import asking, connection
 from hiddenlake.cache.errors import BadInputError, StoreError, UnknownNameError
 from hiddenlake.cache.testing import small
 
-from .conftest import SAMPLES, add_key
+from .conftest import SAMPLES, add_key, same
 from .proxy import answer, proxy
-from .test_client import SEEN, same, same_dataset, settle, write_some
+from .test_client import SEEN, same_dataset, settle, write_some
 
 
 def asynchronous(test):
@@ -27,19 +27,9 @@ def asynchronous(test):
     return run
 
 
-@pytest.fixture(scope="module")
-def key(server):
-    return add_key(server.lake, "reader")
-
-
 @pytest.fixture
 def connect(server, key):
     return lambda: hiddenlake.connect_async(server.url, key)
-
-
-@pytest.fixture(scope="module")
-def local(server):
-    return hiddenlake.connect(server.lake)
 
 
 @pytest.mark.parametrize("name", SEEN)

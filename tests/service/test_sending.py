@@ -157,6 +157,28 @@ def test_a_slow_client_gets_all_of_it(wide, sent, loop):
         wait_until_idle(running, time.monotonic() + 20)
 
 
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("nonsense", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"x" * 300_000])
+def test_nonsense_behind_a_request_gets_into_no_answer(wide, sent, check, nonsense):
+    """The refusal would be taken for values."""
+    body = json.dumps(
+        {"capture": "wide", "site": "resid_post", "samples": [*ALL] * 12, "check": check, "format": "raw"}
+    )
+    with over_socket(wide) as (_, address, key):
+        expected = ask(address, key, **json.loads(body) | {"check": True}).content
+        with socket.create_connection(address, timeout=20) as slow:
+            slow.sendall(post("/v1/activations:read", key, body))
+            time.sleep(0.3)
+            slow.sendall(nonsense)
+            time.sleep(0.3)
+            got = b""
+            try:
+                _, got, _ = take(slow)
+            except ConnectionError:
+                pass
+            assert expected.startswith(got) and len(got) < len(expected)
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_who_leaves_and_who_never_takes_it(wide, sent, monkeypatch, loop):
     monkeypatch.setattr(connection, "STUCK_SECONDS", 0.5)

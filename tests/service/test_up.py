@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import httpx
 import psutil
@@ -31,16 +32,25 @@ def wait(what, seconds=120):
     return found
 
 
+@contextmanager
+def running(lake, model, log):
+    with log.open("wb") as out:
+        up = subprocess.Popen(
+            [sys.executable, "-m", "hiddenlake.cli", "up", str(lake), "--model", str(model), "--port", "0", *OPTIONS],
+            stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    try:
+        yield up
+    finally:
+        up.kill()
+        up.wait()
+
+
 def test_both_run_and_a_worker_that_dies_is_started_again(tiny_model, tmp_path):
     lake, log = tmp_path / "lake", tmp_path / "log"
     lake.mkdir()
     key = add_key(lake, "tests", "compute")
-    with log.open("wb") as out:
-        up = subprocess.Popen(
-            [sys.executable, "-m", "hiddenlake.cli", "up", str(lake), "--model", str(tiny_model), "--port", "0", *OPTIONS],
-            stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-    try:
+    with running(lake, tiny_model, log) as up:
         url = wait(lambda: " at http://" in log.read_text() and log.read_text().split(" at ")[1].split()[0])
         with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=120) as http:
             body = {"inputs": [chat("What is up?")], "generation": {"max_new_tokens": 3}, "wait": 60}
@@ -60,23 +70,12 @@ def test_both_run_and_a_worker_that_dies_is_started_again(tiny_model, tmp_path):
             up.terminate()
             assert up.wait(60) == 0
             assert clock.started(again) is None, "the worker went on alone"
-    finally:
-        up.kill()
-        up.wait()
 
 
 def test_a_worker_does_not_outlive_who_started_it(tiny_model, tmp_path):
     lake, log = tmp_path / "lake", tmp_path / "log"
     lake.mkdir()
-    with log.open("wb") as out:
-        up = subprocess.Popen(
-            [sys.executable, "-m", "hiddenlake.cli", "up", str(lake), "--model", str(tiny_model), "--port", "0", *OPTIONS],
-            stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-    try:
+    with running(lake, tiny_model, log) as up:
         wait(lambda: "is ready" in log.read_text())
         [worker] = workers(up.pid)
-    finally:
-        up.kill()
-        up.wait()
     wait(lambda: clock.started(worker) is None, 30)
