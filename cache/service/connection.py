@@ -38,7 +38,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.app = partial(_with_files, self, self.app)
+        self.app = partial(self._with_files, self.app)
         self._expect_head()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -88,7 +88,16 @@ class Connection(HttpToolsProtocol):
         self._stop_waiting()
         super().resume_writing()
 
-    async def send_extents(self, cycle: Any, message: Any) -> None:
+    async def _with_files(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        """The app, in whose answers files may be."""
+        cycle = send.__self__
+
+        async def send_any(message: Any) -> None:
+            await (self._send_extents(cycle, message) if message["type"] == EXTENTS else send(message))
+
+        await app(scope, receive, send_any)
+
+    async def _send_extents(self, cycle: Any, message: Any) -> None:
         """A part of an answer that has a Content-Length. Raises EOFError where a file ends too early, OSError.
 
         cycle : uvicorn's, of the request that is answered.
@@ -183,13 +192,3 @@ class Connection(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
-
-
-async def _with_files(connection: Connection, app: Any, scope: Any, receive: Any, send: Any) -> None:
-    """The app, in whose answers files may be."""
-    cycle = send.__self__
-
-    async def send_any(message: Any) -> None:
-        await (connection.send_extents(cycle, message) if message["type"] == EXTENTS else send(message))
-
-    await app(scope, receive, send_any)

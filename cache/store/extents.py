@@ -1,4 +1,7 @@
-"""Extents: values as they lie in files, for whoever lets the kernel copy them."""
+"""Extents: values as they lie in files, for whoever lets the kernel copy them.
+
+It may hand out a file's own pages, and so what is written to them later; committed files are never written to again.
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple
