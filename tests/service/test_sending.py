@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 
 import httpx
 import numpy as np
@@ -53,7 +54,7 @@ def wide(lake, monkeypatch):
 
 def by_kernel(sent, expected):
     """Bytes, of which the last may be with the client before they are noted here."""
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 20
     while (found := sum(one for one in sent if isinstance(one, int))) != expected and time.monotonic() < deadline:
         time.sleep(0.001)
     return found
@@ -70,7 +71,7 @@ def take(connection, piece=1 << 20, pause=0.0):
     """(head, body) of one answer with a Content-Length."""
     data = b""
     while b"\r\n\r\n" not in data:
-        data += connection.recv(1)
+        data += connection.recv(1) or pytest.fail("closed before an answer began")
     head, _, body = data.partition(b"\r\n\r\n")
     length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
     parts = [body]
@@ -168,14 +169,12 @@ def test_nonsense_behind_a_request_gets_into_no_answer(wide, sent, check, nonsen
         expected = ask(address, key, **json.loads(body) | {"check": True}).content
         with socket.create_connection(address, timeout=20) as slow:
             slow.sendall(post("/v1/activations:read", key, body))
-            time.sleep(0.3)
-            slow.sendall(nonsense)
-            time.sleep(0.3)
-            got = b""
-            try:
-                _, got, _ = take(slow)
-            except ConnectionError:
-                pass
+            head, _, got = slow.recv(4096).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            with suppress(ConnectionError):
+                slow.sendall(nonsense)
+                while part := slow.recv(1 << 20):
+                    got += part
             assert expected.startswith(got) and len(got) < len(expected)
 
 
@@ -188,7 +187,7 @@ def test_who_leaves_and_who_never_takes_it(wide, sent, monkeypatch, loop):
         ask(address, key, capture="wide", site="resid_post", check=False)
         wait_until_idle(running, time.monotonic() + 20)
         before = len(os.listdir("/proc/self/fd"))
-        for _ in range(10):
+        for _ in range(20):
             with socket.create_connection(address, timeout=20) as leaving:
                 leaving.sendall(request)
                 leaving.recv(1000)
@@ -197,7 +196,8 @@ def test_who_leaves_and_who_never_takes_it(wide, sent, monkeypatch, loop):
         wait_until_idle(running, time.monotonic() + 20)
         deaf.close()
         assert any(isinstance(one, BlockingIOError) for one in sent)
-        assert len(os.listdir("/proc/self/fd")) <= before
+        # Threads that came since have the database open; a descriptor of each connection would be more.
+        assert len(os.listdir("/proc/self/fd")) < before + 10
         assert ask(address, key, capture="wide", site="resid_post", check=False).content
 
 
