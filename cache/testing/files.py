@@ -1,5 +1,6 @@
 """Conformance of files: they are read as they were written, at every edge, and never as anything else."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -90,6 +91,8 @@ class FileTests(Conformance):
             assert not file.read_cached(offset, np.zeros(length, np.uint8))
         mapped = file.mapped()
         assert mapped is None or (mapped.dtype == np.uint8 and mapped.tobytes() == data)
+        descriptor = file.fileno()
+        assert descriptor is None or os.pread(descriptor, 20_000, 0) == data
         file.close()
 
     def test_several_threads_read_one_large_file(self, place: Backend) -> None:

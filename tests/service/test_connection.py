@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from hiddenlake.cache.service import connection
+from hiddenlake.cache.service import connection as connection_module
 
 from .conftest import PROBLEM, over_socket, post, wait_until_idle
 
@@ -78,8 +78,8 @@ def test_a_websocket_is_refused(server):
 
 def test_connections_that_say_nothing_are_closed(lake, monkeypatch):
     """Nor those that send a head byte by byte, or never take their answer: with limits as short as a test is."""
-    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
-    monkeypatch.setattr(connection, "STUCK_SECONDS", 0.3)
+    monkeypatch.setattr(connection_module, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(connection_module, "STUCK_SECONDS", 0.3)
     with over_socket(lake) as (running, address, key):
         silent, trickling, deaf = (socket.create_connection(address, timeout=10) for _ in range(3))
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -11,7 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
-from hiddenlake.cache.service import connection, raw_zarr, reading
+from hiddenlake.cache.service import connection as connection_module
+from hiddenlake.cache.service import raw_zarr, reading
 from hiddenlake.cache.store import snapshot as snapshot_module
 from hiddenlake.cache.store.local import LocalFile
 from hiddenlake.cache.testing import small
@@ -26,8 +27,10 @@ LOOPS = ["asyncio", "uvloop"]
 
 @pytest.fixture
 def sent(monkeypatch):
-    """What os.sendfile gave each time, or the error. Runs of any length are extents, and all is in memory: not every file system
-    tells."""
+    """What os.sendfile gave each time, or the error. Runs of any length are extents, and all counts as in memory.
+
+    (Not every file system says what is.)
+    """
     monkeypatch.setattr(snapshot_module, "_EXTENT_BYTES", 0)
     monkeypatch.setattr(LocalFile, "read_cached", lambda self, offset, out: self.read(offset, out) is None)
     found, real = [], os.sendfile
@@ -68,7 +71,7 @@ def ask(address, key, **body):
 
 
 def take(connection, piece=1 << 20, pause=0.0):
-    """(head, body) of one answer with a Content-Length."""
+    """(head, body, how long the head says it is) of one answer."""
     data = b""
     while b"\r\n\r\n" not in data:
         data += connection.recv(1) or pytest.fail("closed before an answer began")
@@ -180,7 +183,7 @@ def test_nonsense_behind_a_request_gets_into_no_answer(wide, sent, check, nonsen
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_who_leaves_and_who_never_takes_it(wide, sent, monkeypatch, loop):
-    monkeypatch.setattr(connection, "STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(connection_module, "STUCK_SECONDS", 0.5)
     body = json.dumps({"capture": "wide", "site": "resid_post", "samples": [*ALL] * 12, "check": False})
     with over_socket(wide, loop) as (running, address, key):
         request = post("/v1/activations:read", key, body)
