@@ -1,5 +1,6 @@
 """What every test shares: the demo model's folder, and the rule for tests marked `gpu`."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,13 @@ def tiny_model(demo_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
     LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo_model_folder).save_pretrained(folder)
     return folder
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """What fails is said at once, beside the summary at the end, which a run that is stopped never comes to."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid} failed after {report.duration:.0f} s:\n{report.longreprtext}", flush=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
