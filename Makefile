@@ -39,7 +39,7 @@ test demo: export OMP_NUM_THREADS := 1
 # vLLM pins its threads to cores by default, also to cores that another process uses.
 test demo: export VLLM_CPU_OMP_THREADS_BIND := nobind
 # In GiB. Enough for the demo model; vLLM's default is a share of the machine's memory.
-test demo: export VLLM_CPU_KVCACHE_SPACE := 2
+test demo: export VLLM_CPU_KVCACHE_SPACE := 1
 # The model lies in the environment: nothing is looked for on the network.
 test demo: export HF_HUB_OFFLINE := 1
 # No usage reports, from vLLM or from what it imports.

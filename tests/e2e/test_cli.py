@@ -14,14 +14,7 @@ import pytest
 import hiddenlake
 from hiddenlake.cache.store.verify import verify
 
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+from ..prepared import ENVIRONMENT
 
 
 def start(*arguments: object) -> subprocess.Popen:
@@ -121,7 +114,9 @@ def test_probe_classes(lake, tmp_path):
     assert sum(best["class_auc"].values()) / 3 == pytest.approx(best["auc"])
     run(*command, "--multiclass", "ovr", "--classes", "a,b,c", "--out", grid)
     assert hiddenlake.open_grid(grid).attrs["multiclass"] == "ovr"
-    two = run("probe", lake / "letters", "--site", "mlp_out", "--label", "kind", "--out", tmp_path / "two.zarr", status=1)
+    two = run(
+        "probe", lake / "letters", "--site", "mlp_out", "--label", "kind", "--out", tmp_path / "two.zarr", status=1
+    )
     assert "`hiddenlake probe-classes` tell three or more apart" in two[1]
 
 

@@ -42,7 +42,7 @@ def running(job: Job) -> Iterator[VllmEngine]:
     import vllm.envs
 
     gc.collect()  # an engine that a test has left, before vLLM freezes what there is
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, _few_collections():
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         # vLLM 0.32 looks into every loaded module at its start, and trips over this one, which n-gram drafting loads
         patch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
@@ -50,9 +50,18 @@ def running(job: Job) -> Iterator[VllmEngine]:
     try:
         yield engine
     finally:
-        engine.close()
+        with _few_collections():
+            engine.close()
         gc.unfreeze()
         vllm.envs.disable_envs_cache()  # the next engine reads the environment again
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """vLLM asks for seven from its start to its end, and each looks through all that these tests have imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "collect", lambda *_: 0)
+        yield
 
 
 def core_of(engine: VllmEngine):

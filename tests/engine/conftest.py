@@ -1,10 +1,6 @@
 """A task of mixed lengths, and an independent reference: Hugging Face, one sequence at a time, hooks of its own."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +8,6 @@ import pytest
 from hiddenlake.cache.samples import Judgement, Question
 
 SITES = ("resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post")
-
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 @dataclass
@@ -99,15 +86,3 @@ def reference(demo_model_folder):
 def relative_error(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """L2 norm of the difference over that of the expected, along the last axis."""
     return np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-
-
-def run_script(script: str, *arguments: object, env: dict[str, str] | None = None, timeout: float = 600):
-    """Run Python source in a process of its own, with the engine's settings. Returns the CompletedProcess."""
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env={**ENVIRONMENT, **(env or {})},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )

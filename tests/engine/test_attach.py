@@ -14,7 +14,8 @@ from hiddenlake.cache.errors import BadInputError, CaptureError
 from hiddenlake.cache.positions import POOLED, span_of
 from hiddenlake.cache.samples import Judgement
 
-from .conftest import COUNTRIES, ENVIRONMENT, relative_error
+from ..prepared import ENVIRONMENT
+from .conftest import COUNTRIES, relative_error
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -40,9 +41,8 @@ def make_llm(*args, **settings) -> Iterator:
 @pytest.fixture(scope="module", autouse=True)
 def environment():
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS"):
-            patch.setenv(name, ENVIRONMENT[name])
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
         yield
 
 

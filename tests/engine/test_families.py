@@ -9,7 +9,8 @@ import hiddenlake
 from hiddenlake.cache.families import FAMILIES
 from hiddenlake.cache.sites import SITES
 
-from .conftest import make_task, relative_error, run_script
+from .conftest import make_task, relative_error
+from .scripts import run_script
 from .small_models import MODELS, Reference, make_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -80,9 +81,7 @@ def vllm_lake(folders, tmp_path_factory):
         | ({"dtype": "bfloat16"} if case in BFLOAT16 else {})
         for case, family in CASES.items()
     }
-    done = run_script(
-        SCRIPT, json.dumps(jobs), env={"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    )
+    done = run_script(lake, SCRIPT, json.dumps(jobs), VLLM_ENABLE_V1_MULTIPROCESSING="0")
     return lake, done.stdout, done.stderr
 
 

@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,8 @@ import pytest
 import hiddenlake
 from hiddenlake.cache.store.verify import verify
 
-from .conftest import ENVIRONMENT, relative_error
+from .. import prepared
+from .conftest import relative_error
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -24,25 +23,20 @@ SAMPLES = 120
 OPTIONS = {"transformers": '{"batch_size": 8}', "vllm": '{"max_num_seqs": 16}'}
 
 
-def start(engine: str, model: Path, out: Path) -> subprocess.Popen:
-    """The capture command in a process group of its own."""
-    command = [
-        sys.executable, "-m", "hiddenlake.cli", "capture", "--model", model, "--task", "cities", "--limit", SAMPLES,
+def start(engine: str, model: Path, out: Path) -> prepared.Process:
+    """The capture command."""
+    return prepared.start(
+        out.parent, "capture", "--model", model, "--task", "cities", "--limit", SAMPLES,
         "--sites", "mlp_out,resid_post", "--layers", "0,9,19,29", "--dtype", "float32", "--max-new-tokens", 12,
         "--shard-samples", 8, "--engine", engine, "--engine-options", OPTIONS[engine], "--out", out,
-    ]  # fmt: skip
-    return subprocess.Popen(
-        [str(part) for part in command], env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen) -> None:
-    _, talk = process.communicate(timeout=600)
-    assert process.returncode == 0, talk
+def finish(process: prepared.Process) -> None:
+    assert process.wait(600) == 0, process.err
 
 
-def kill_at_random(process: subprocess.Popen, out: Path, chance: random.Random) -> None:
+def kill_at_random(process: prepared.Process, out: Path, chance: random.Random) -> None:
     """SIGKILL the driver: during start-up one time in four, else within 3 s of its first claim."""
     claims = out / "claims"
     before = set(claims.glob("*")) if claims.exists() else set()
@@ -57,8 +51,8 @@ def kill_at_random(process: subprocess.Popen, out: Path, chance: random.Random) 
                 break
             time.sleep(0.02)
         time.sleep(chance.uniform(0, 3))
-    assert process.poll() is None, f"the capture ended before it was killed: {process.stderr.read()}"
-    os.kill(process.pid, signal.SIGKILL)
+    assert process.poll() is None, f"the capture ended before it was killed: {process.err}"
+    process.kill()
     process.wait()
 
 
@@ -159,8 +153,8 @@ def test_an_engine_that_dies_is_reported_and_loses_nothing(demo_model_folder, tm
         time.sleep(0.05)
     [engine] = [child for child in psutil.Process(process.pid).children() if "EngineCore" in " ".join(child.cmdline())]
     engine.kill()
-    _, talk = process.communicate(timeout=120)
-    assert process.returncode == 1, talk
+    assert process.wait(120) == 1, process.err
+    talk = process.err
     assert "vLLM's engine died" in talk and "the same command goes on" in talk
     assert 8 <= len(hiddenlake.open_capture(out)) < SAMPLES
     assert verify(out).ok

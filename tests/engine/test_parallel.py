@@ -13,8 +13,9 @@ from hiddenlake.cache.errors import CaptureError
 from hiddenlake.cache.job import plan_job
 from hiddenlake.cache.positions import PAPER
 
+from ..prepared import ENVIRONMENT
 from .captures import CHUNKED, TOLERANCE, capture_all, running, worst_errors
-from .conftest import ENVIRONMENT, make_task
+from .conftest import make_task
 from .small_models import Reference, make_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

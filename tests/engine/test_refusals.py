@@ -9,7 +9,8 @@ from hiddenlake.cache.errors import BadInputError, CaptureError
 from hiddenlake.cache.job import plan_job
 
 from .captures import capture_all, running
-from .conftest import ListTask, make_task, run_script
+from .conftest import ListTask, make_task
+from .scripts import run_script
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -66,7 +67,7 @@ SABOTAGES = {
 @pytest.mark.parametrize("name", SABOTAGES)
 def test_sabotaged_taps_refuse(name, tiny_model, tmp_path):
     sabotage, sentence = SABOTAGES[name]
-    done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{}", sabotage, env=IN_PROCESS)
+    done = run_script(tmp_path, SCRIPT, tiny_model, tmp_path / "x", "{}", sabotage, **IN_PROCESS)
     assert done.returncode == 0, done.stderr
     assert "REFUSED the canary failed, so nothing is captured" in done.stdout
     assert sentence in done.stdout
@@ -75,7 +76,7 @@ def test_sabotaged_taps_refuse(name, tiny_model, tmp_path):
 
 def test_the_same_script_captures_without_sabotage(tiny_model, tmp_path):
     """Or the tests above would prove nothing."""
-    done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{}", "pass", env=IN_PROCESS)
+    done = run_script(tmp_path, SCRIPT, tiny_model, tmp_path / "x", "{}", "pass", **IN_PROCESS)
     assert done.returncode == 0, done.stderr
     assert "REFUSED" not in done.stdout and "SAMPLES 4" in done.stdout
 
@@ -83,7 +84,7 @@ def test_the_same_script_captures_without_sabotage(tiny_model, tmp_path):
 @pytest.mark.parametrize("positions", ["last_q", "first_answer", "0"])
 def test_the_canary_does_not_depend_on_the_positions(positions, tiny_model, tmp_path):
     """It needs the last prompt token and the last token, also where the plan wants neither."""
-    done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{}", "pass", positions, env=IN_PROCESS)
+    done = run_script(tmp_path, SCRIPT, tiny_model, tmp_path / "x", "{}", "pass", positions, **IN_PROCESS)
     assert done.returncode == 0, done.stderr
     assert "REFUSED" not in done.stdout and "SAMPLES 4" in done.stdout
 
@@ -120,7 +121,7 @@ def install_late(self, ids):
     check(self, ids)
 VllmEngine._check_canary = install_late
 """
-    done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{'enforce_eager': False}", sabotage, env=IN_PROCESS)
+    done = run_script(tmp_path, SCRIPT, tiny_model, tmp_path / "x", "{'enforce_eager': False}", sabotage, **IN_PROCESS)
     assert done.returncode == 0, done.stderr
     assert "5 of 5 taps left no values" in done.stdout, done.stdout
     assert "SAMPLES 0" in done.stdout
@@ -128,7 +129,7 @@ VllmEngine._check_canary = install_late
 
 def test_compiled_model_captures(tiny_model, tmp_path):
     """Taps that are there before it is compiled survive it."""
-    done = run_script(SCRIPT, tiny_model, tmp_path / "x", "{'enforce_eager': False}", "pass", env=IN_PROCESS)
+    done = run_script(tmp_path, SCRIPT, tiny_model, tmp_path / "x", "{'enforce_eager': False}", "pass", **IN_PROCESS)
     assert done.returncode == 0, done.stderr
     assert "REFUSED" not in done.stdout and "SAMPLES 4" in done.stdout, done.stdout
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ENVIRONMENT
+from ..prepared import ENVIRONMENT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

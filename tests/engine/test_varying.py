@@ -17,6 +17,7 @@ from hiddenlake.cache.summary import Summary, Watcher
 
 from .captures import TOLERANCE
 from .conftest import ListTask, make_task
+from .small_models import Reference
 
 pytestmark = pytest.mark.slow
 
@@ -32,9 +33,9 @@ def given_task() -> ListTask:
 # name -> (task, sites, layers, positions, decoding)
 REQUESTS = {
     "greedy": (make_task(N), ("mlp_out",), "all", ("last_q", "first_answer", "-1"), {}),
-    "fewer": (make_task(N), ("resid_post",), "3,17", ("-3", "mean_answer", "all_generated/2"), {}),
-    "sampled": (make_task(N), ("mlp_out",), "5", ("last_q", "-1"), {"sampling": Sampling(temperature=0.9, seed=3, stop=("is",))}),
-    "every": (make_task(N), ("mlp_out", "resid_post"), "0,29", ("all",), {"max_new_tokens": 4}),
+    "fewer": (make_task(N), ("resid_post",), "0,2", ("-3", "mean_answer", "all_generated/2"), {}),
+    "sampled": (make_task(N), ("mlp_out",), "1", ("last_q", "-1"), {"sampling": Sampling(temperature=0.9, seed=3, stop=("is",))}),
+    "every": (make_task(N), ("mlp_out", "resid_post"), "0,2", ("all",), {"max_new_tokens": 4}),
     "given": (given_task(), ("mlp_out",), "all", ("last_q", "-1", "mean_prompt", "all"), {}),
     "greedy again": (make_task(N), ("mlp_out",), "all", ("last_q", "first_answer", "-1"), {}),
 }  # fmt: skip
@@ -49,10 +50,10 @@ def job_of(model, name):
 
 
 @pytest.fixture(scope="module", params=[pytest.param("vllm", marks=pytest.mark.vllm), "transformers"])
-def engine(request, demo_model_folder, tmp_path_factory):
-    job = plan_job(demo_model_folder, make_task(1), sites=("mlp_out", "resid_post"), dtype="float32", max_new_tokens=32)
+def engine(request, tiny_model, tmp_path_factory):
+    job = plan_job(tiny_model, make_task(1), sites=("mlp_out", "resid_post"), dtype="float32", max_new_tokens=32)
     widest = replace(
-        job.request, positions=(), tokens=None, max_length=300, varying=True, spill=str(tmp_path_factory.mktemp("spill")),
+        job.request, positions=(), tokens=None, max_length=250, varying=True, spill=str(tmp_path_factory.mktemp("spill")),
         ring_bytes=256 << 20, options=OPTIONS[request.param],
     )  # fmt: skip
     running = start_engine(request.param, widest, job.prompts[0].token_ids)
@@ -60,9 +61,14 @@ def engine(request, demo_model_folder, tmp_path_factory):
     running.close()
 
 
+@pytest.fixture(scope="module")
+def reference(tiny_model):
+    return Reference("llama", tiny_model)
+
+
 @pytest.mark.parametrize("name", REQUESTS)
-def test_each_request_is_answered_as_by_an_engine_of_its_own(engine, name, demo_model_folder, tmp_path, reference):
-    job = job_of(demo_model_folder, name)
+def test_each_request_is_answered_as_by_an_engine_of_its_own(engine, name, tiny_model, tmp_path, reference):
+    job = job_of(tiny_model, name)
     engine.serve(replace(job.request, ring_bytes=engine.request.ring_bytes, options={}, varying=True))
     published = []
 
@@ -110,8 +116,8 @@ def test_each_request_is_answered_as_by_an_engine_of_its_own(engine, name, demo_
                 assert np.abs(cells - wanted).max() <= TOLERANCE * scale, (position, token)
 
 
-def test_an_answer_drawn_with_a_seed_is_that_of_an_engine_of_its_own(engine, demo_model_folder, tmp_path):
-    job = job_of(demo_model_folder, "sampled")
+def test_an_answer_drawn_with_a_seed_is_that_of_an_engine_of_its_own(engine, tiny_model, tmp_path):
+    job = job_of(tiny_model, "sampled")
     engine.serve(replace(job.request, ring_bytes=engine.request.ring_bytes, options={}, varying=True))
     texts = []
     for folder in ("x", "y"):
@@ -126,15 +132,15 @@ def test_an_answer_drawn_with_a_seed_is_that_of_an_engine_of_its_own(engine, dem
 
 
 @pytest.mark.parametrize("change", ["sites", "layers", "max_length"])
-def test_what_was_not_planned_for_is_refused(engine, change, demo_model_folder):
-    request = job_of(demo_model_folder, "greedy").request
+def test_what_was_not_planned_for_is_refused(engine, change, tiny_model):
+    request = job_of(tiny_model, "greedy").request
     more = {"sites": ("attn_out",), "layers": (31,), "max_length": 10_000}
     with pytest.raises(BadInputError, match="was started for"):
         engine.serve(replace(request, **{change: more[change]}))
 
 
-def test_a_varying_engine_serves_no_run_of_its_own(engine, demo_model_folder, tmp_path):
-    job = job_of(demo_model_folder, "greedy")
+def test_a_varying_engine_serves_no_run_of_its_own(engine, tiny_model, tmp_path):
+    job = job_of(tiny_model, "greedy")
     engine.serve(replace(job.request, decoding=Decoding(7), options={}, varying=True))
     with pytest.raises(BadInputError, match="was started for another request"):
         run_job(job, out=tmp_path / "x", engine=engine)

@@ -123,7 +123,7 @@ def test_what_a_cpu_needs_is_exported(copy: Copy, target: str) -> None:
     for setting in (
         "OMP_NUM_THREADS=1",
         "VLLM_CPU_OMP_THREADS_BIND=nobind",
-        "VLLM_CPU_KVCACHE_SPACE=2",
+        "VLLM_CPU_KVCACHE_SPACE=1",
         "HF_HUB_OFFLINE=1",
         "VLLM_NO_USAGE_STATS=1",
         "DO_NOT_TRACK=1",

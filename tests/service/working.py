@@ -1,10 +1,9 @@
 """Workers in processes of their own, on the tiny model with Hugging Face's engine, which starts quickly."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from .. import prepared
 
 START_SECONDS = 120
 
@@ -20,11 +19,8 @@ class WorkerProcess:
 
     def __init__(self, lake: Path, model: Path, log: Path, *options: str) -> None:
         self.log = log
-        with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "hiddenlake.cli", "worker", str(lake), "--model", str(model), *OPTIONS, *options],
-                stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            )  # fmt: skip
+        log.touch()
+        self.process = prepared.start(log, "worker", lake, "--model", model, *OPTIONS, *options)
 
     def wait_ready(self) -> "WorkerProcess":
         end = time.monotonic() + START_SECONDS

@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from ..engine.conftest import ENVIRONMENT, reference  # noqa: F401 - a fixture
+from ..engine.conftest import reference  # noqa: F401 - a fixture
+from ..prepared import ENVIRONMENT
 
 START_SECONDS = 240
 WAIT_SECONDS = 30
@@ -50,7 +51,7 @@ class Server:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
-                env=ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+                env=ENVIRONMENT,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

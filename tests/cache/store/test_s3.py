@@ -295,11 +295,10 @@ def test_a_lock_whose_holder_died_is_taken_after_a_while(url, short_lease):
 
 
 @pytest.mark.parametrize("what", ["answer", "request"])
-@pytest.mark.parametrize("kind", ["cells", "both"])
-def test_a_lost_answer_loses_and_doubles_no_sample(bucket, slow_s3, tiny, assert_holds, monkeypatch, what, kind):
+def test_a_lost_answer_loses_and_doubles_no_sample(bucket, slow_s3, tiny, assert_holds, monkeypatch, what):
     """The n-th conditional put is done, but its answer is lost; or it never arrives. For many n."""
     monkeypatch.setattr(objects, "_LOCK_SECONDS", 1.5)
-    settings = {"shard_samples": 2, "coverage": tiny.coverage(sites=("mlp_out",), **tiny.KINDS[kind])}
+    settings = {"shard_samples": 2, "coverage": tiny.coverage(sites=("mlp_out",), **tiny.KINDS["both"])}
     n, lost = 0, True
     while lost:
         n += 4 if what == "answer" else 9  # each takes seconds; locks, claims, commits and the root are all among them
