@@ -22,9 +22,6 @@ from hiddenlake.cache.service.reading import Block, Reading, plan_reading
 from hiddenlake.cache.service.sending import Files, Streamed, Whole
 from hiddenlake.cache.store.extents import size
 
-# What the names of so many take, in front of the values, keeps nobody waiting.
-_FEW_SAMPLES = 4096
-
 router = APIRouter(tags=["activations"], dependencies=[need("read")])
 
 _MEDIA = {"safetensors": "application/vnd.safetensors", "raw": "application/octet-stream"}
@@ -79,10 +76,7 @@ async def read_cell(
 
 
 async def _answer(request: ReadRequest, parts: Parts, caller: Caller, files: bool) -> Response:
-    begun = _at_hand(request, parts, caller) if files else None
-    if begun is None:
-        begun = await run_sync(_begin, request, parts, caller, files, limiter=_limiter(_readers(parts)))
-    reading, blocks, first = begun
+    reading, blocks, first = await run_sync(_begin, request, parts, caller, files, limiter=_limiter(_readers(parts)))
     headers = {
         "Content-Length": str(reading.nbytes),
         wire.SHAPE: ",".join(map(str, reading.shape)),
@@ -120,25 +114,6 @@ def _limiter(readers: int) -> CapacityLimiter:
     return CapacityLimiter(readers)
 
 
-def _at_hand(request: ReadRequest, parts: Parts, caller: Caller) -> tuple[Reading, Iterator[Block], Block] | None:
-    """What the kernel has at hand and is only to be named, which takes half as long as to have a thread do it."""
-    if request.check or request.tokens is not None or request.samples is not None:
-        return None
-    capture = parts.lake.at_hand(request.capture, caller)
-    if capture is None or len(capture) > _FEW_SAMPLES or not parts.holdings.is_noted(request.capture):
-        return None
-    start = time.perf_counter()
-    try:
-        reading = plan_reading(capture, request, parts.settings.max_read)
-    except Problem:  # perhaps not, once the capture is looked at again
-        return None
-    values = reading.at_hand()
-    if values is None:
-        return None
-    _note(parts, start, values)
-    return reading, iter(()), values
-
-
 def _begin(
     request: ReadRequest, parts: Parts, caller: Caller, files: bool
 ) -> tuple[Reading, Iterator[Block], Block | None]:
@@ -161,14 +136,9 @@ def _next(blocks: Iterator[Block], parts: Parts) -> Block | None:
     start = time.perf_counter()
     block = next(blocks, None)
     if block is not None:
-        _note(parts, start, block)
+        parts.metrics.read_seconds.observe(time.perf_counter() - start)
+        parts.metrics.read_bytes.inc(_size(block))
     return block
-
-
-def _note(parts: Parts, start: float, block: Block) -> None:
-    """start : seconds of `perf_counter` when its reading began."""
-    parts.metrics.read_seconds.observe(time.perf_counter() - start)
-    parts.metrics.read_bytes.inc(_size(block))
 
 
 def _size(block: Block | None) -> int:

@@ -25,7 +25,6 @@ from hiddenlake.cache.store.opened import (
     check_size,
     close_all,
     most_open,
-    find_open,
     open_committed,
     token_file,
 )
@@ -179,13 +178,10 @@ class Snapshot(Moment):
             for shard, slots, into, whole in self._by_shard(rows)
         ]
 
-    def cell_extents(
-        self, site: str, outer: Sequence[Sequence[int]], rows: np.ndarray, only_open: bool = False
-    ) -> list[Extent] | None:
+    def cell_extents(self, site: str, outer: Sequence[Sequence[int]], rows: np.ndarray) -> list[Extent] | None:
         """Where the bytes lie, unchecked, that `read_cells` reads as stored, in their order.
 
-        None where they are not found as they are in few pieces of local files; if `only_open`, of files that are open.
-        Raises as `read_cells` does.
+        None where they are not found as they are in few pieces of local files. Raises as `read_cells` does.
         """
         file = self.layout.files[site]
         if file.codec != "none" or not len(rows):
@@ -197,9 +193,8 @@ class Snapshot(Moment):
         self.check_there()
         runs = []
         for start, stop in itertools.pairwise([*starts.tolist(), len(rows)]):
-            committed = self._cell_file(site, int(shards[start]))
-            opened = find_open(committed) if only_open else open_committed(committed)
-            if opened is None or opened.file.fileno() is None:
+            opened = open_committed(self._cell_file(site, int(shards[start])))
+            if opened.file.fileno() is None:
                 return None
             runs.append((opened, int(slots[start]) * file.row_bytes, (stop - start) * file.row_bytes))
         places = cells_of([np.asarray(axis, np.int64) for axis in outer], file.outer).tolist()
