@@ -1,9 +1,10 @@
 """The app: routes, behind the gate. Nothing here or below imports torch."""
 
+import asyncio
 import ipaddress
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from fastapi.dependencies.utils import get_flat_dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from hiddenlake import __version__
@@ -45,7 +47,10 @@ _QUERIES: dict[int, tuple[Any, dict[str, Any]]] = {}
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What routes work with."""
+    """What routes work with.
+
+    turn : whose it is to do in the loop what takes a while.
+    """
 
     settings: Settings
     lake: Lake
@@ -56,6 +61,7 @@ class Parts:
     jobs: Jobs
     holdings: Holdings
     resolver: Resolver
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 # Dependencies are asynchronous although nothing in them waits: others go through a thread each, at every request.
@@ -77,8 +83,8 @@ By = Annotated[Caller, Depends(caller_of)]
 def need(scope: str) -> Any:
     """A dependency: the caller's key must have this scope."""
 
-    async def check(caller: By) -> None:
-        if not caller.may(scope):
+    async def check(request: Request) -> None:
+        if not (await caller_of(request)).may(scope):
             raise Problem(
                 403, "scope", f"this key has no scope `{scope}`", f"ask with a key that was made with `--scope {scope}`"
             )
@@ -109,6 +115,10 @@ def _query_of(dependant: Any) -> dict[str, Any]:
     """name -> type of a route's query parameters. Worked out once for each."""
     if (found := _QUERIES.get(id(dependant))) is None:
         known = {p.alias: p.field_info.annotation for p in get_flat_dependant(dependant).query_params}
+        for name, kind in list(known.items()):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):  # whose fields are the parameters
+                del known[name]
+                known |= {one: about.annotation for one, about in kind.model_fields.items()}
         found = _QUERIES[id(dependant)] = (dependant, known)
     return found[1]
 

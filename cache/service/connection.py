@@ -1,18 +1,19 @@
 """Connections: what uvicorn lets a client do for ever, bounded: a head without an end, and an answer that nobody takes."""
 
-import asyncio
 import json
 import os
 import uuid
+from asyncio import TimerHandle
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from hiddenlake.cache.service.copying import Copy
 from hiddenlake.cache.service.problems import Problem
 from hiddenlake.cache.service.sending import EXTENTS
-from hiddenlake.cache.store.backend import File
 from hiddenlake.cache.store.extents import size
 
 # Request line and headers.
@@ -30,11 +31,11 @@ class Connection(HttpToolsProtocol):
 
     # Heads that began; whether one comes in, and its bytes, without those of the read that it began in.
     _heads, _in_head, _head = 0, False, 0
-    _timer: asyncio.TimerHandle | None = None
-    _waiting: asyncio.TimerHandle | None = None
-    # A second descriptor of its socket, since a loop lets nobody else wait for the one that a transport has; and who waits.
+    _timer: TimerHandle | None = None
+    _waiting: TimerHandle | None = None
+    # A second descriptor of its socket, since a loop lets nobody else wait for the one that a transport has; and what is copied.
     _socket: int | None = None
-    _room: asyncio.Future | None = None
+    _copy: Copy | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -45,9 +46,8 @@ class Connection(HttpToolsProtocol):
         self._stop()
         self._stop_waiting()
         if self._socket is not None:
-            if self._room is not None:
-                self.loop.remove_writer(self._socket)
-                self._has_room()
+            if self._copy is not None:
+                self._copy.stop()
             os.close(self._socket)
             self._socket = None
         super().connection_lost(error)
@@ -82,7 +82,7 @@ class Connection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._stop_waiting()
-        self._wait(self.transport.get_write_buffer_size())
+        self._wait(lambda: -self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         self._stop_waiting()
@@ -111,49 +111,24 @@ class Connection(HttpToolsProtocol):
         # Nothing of what was written before may be left in the transport.
         self.transport.set_write_buffer_limits(0)
         await self.flow.drain()
-        for extent in message["extents"]:
-            if not await self._copy(cycle, *extent):
+        if self.transport.is_closing():
+            return
+        if self._socket is None:
+            self._socket = os.dup(self.transport.get_extra_info("socket").fileno())
+        copy = self._copy = Copy(self.loop, self._socket, message["extents"])
+        try:
+            if not copy.done.done():
+                self._wait(lambda: copy.copied)
+            if not await copy.done:
+                self.transport.abort()
                 return
+        finally:
+            self._stop_waiting()
+            copy.stop()
+            self._copy = None
         self.transport.set_write_buffer_limits()
         if not message["more_body"]:
             await cycle.send({"type": "http.response.body", "body": b""})
-
-    async def _copy(self, cycle: Any, file: File, offset: int, left: int) -> bool:
-        """An extent, into the socket. Returns whether the connection is still there."""
-        while not cycle.disconnected and not self.transport.is_closing():
-            if not left:
-                return True
-            if self._socket is None:
-                self._socket = os.dup(self.transport.get_extra_info("socket").fileno())
-            try:
-                sent = os.sendfile(self._socket, file.fileno(), offset, left)
-            except BlockingIOError:
-                await self._wait_for_room()
-                continue
-            except ConnectionError:
-                self.transport.abort()
-                break
-            if not sent:
-                raise EOFError(f"a file ended {left} bytes before what was to be sent of it")
-            offset, left = offset + sent, left - sent
-        return False
-
-    async def _wait_for_room(self) -> None:
-        """Until the socket takes something, or the connection ends."""
-        room = self._room = self.loop.create_future()
-        stuck = self.loop.call_later(STUCK_SECONDS, self.transport.abort)
-        self.loop.add_writer(self._socket, self._has_room)
-        try:
-            await room
-        finally:
-            stuck.cancel()
-            self._room = None
-            if self._socket is not None:
-                self.loop.remove_writer(self._socket)
-
-    def _has_room(self) -> None:
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
 
     def _expect_head(self) -> None:
         self._stop()
@@ -164,13 +139,13 @@ class Connection(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
-    def _wait(self, size: int) -> None:
-        """size : bytes that were not taken when this began."""
+    def _wait(self, taken: Callable[[], int]) -> None:
+        """End the connection if nothing is taken for too long. taken : gives a number that grows as something is."""
+        before = taken()
 
         def look() -> None:
-            left = self.transport.get_write_buffer_size()
             # Closing would wait until all is taken.
-            self.transport.abort() if left >= size else self._wait(left)
+            self.transport.abort() if taken() <= before else self._wait(taken)
 
         self._waiting = self.loop.call_later(STUCK_SECONDS, look)
 

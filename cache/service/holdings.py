@@ -30,7 +30,7 @@ class Holdings:
         """A capture was read, or named to somebody."""
         now = time.time()
         with self._lock:
-            if now - self._noted.get(name, 0.0) < _NOTE_SECONDS:
+            if self.is_noted(name):
                 return
             self._noted[name] = now
         with self._database.write() as cursor:
@@ -38,6 +38,10 @@ class Holdings:
                 "INSERT INTO held (capture, used) VALUES (?, ?) ON CONFLICT (capture) DO UPDATE SET used = excluded.used",
                 (name, now),
             )
+
+    def is_noted(self, name: str) -> bool:
+        """Whether `use` has nothing to write down now."""
+        return time.time() - self._noted.get(name, 0.0) < _NOTE_SECONDS
 
     def pin(self, name: str, pinned: bool) -> None:
         """Have a capture stay, whatever the quota; or not."""

@@ -42,6 +42,7 @@ class Reading:
     commits : names the commits that hold the samples, where these were named.
     blocks(files) : gives the values' bytes in their order, each block read and checked when it is asked for. What is not to
         be checked, and lies in memory as it is, is only named if `files`.
+    at_hand() : all values, if they are only to be named, are one block, and lie in memory in files that are open; else None.
     """
 
     head: bytes
@@ -51,6 +52,7 @@ class Reading:
     snapshot: str
     commits: str | None
     blocks: Callable[[bool], Iterator[Block]]
+    at_hand: Callable[[], list[Extent] | None]
 
 
 def plan_reading(capture: Capture, request: ReadRequest, most_bytes: int) -> Reading:
@@ -101,20 +103,30 @@ class _Plan:
 
         as_is = self.dtype == snapshot.coverage.dtype
 
+        def named(outer: list[np.ndarray], part: np.ndarray, only_open: bool) -> list[Extent] | None:
+            if not as_is or request.check:
+                return None
+            extents = snapshot.cell_extents(request.site, outer, part, only_open)
+            return extents if extents is not None and in_memory(extents) else None
+
         def parts(files: bool) -> Iterator[Block]:
             for outer, part in blocks([*layers, chosen], rows, row_bytes, BLOCK_BYTES):
-                if files and as_is and not request.check:
-                    extents = snapshot.cell_extents(request.site, outer, part)
-                    if extents is not None and in_memory(extents):
-                        yield extents
-                        continue
-                yield _bytes(snapshot.read_cells(request.site, outer, part, request.dtype, request.check))
+                extents = named(outer, part, only_open=False) if files else None
+                if extents is not None:
+                    yield extents
+                else:
+                    yield _bytes(snapshot.read_cells(request.site, outer, part, request.dtype, request.check))
+
+        def at_hand() -> list[Extent] | None:
+            if math.prod(shape) * _ITEM_BYTES[self.dtype] > BLOCK_BYTES:
+                return None
+            return named([*layers, chosen], rows, only_open=True)
 
         def tensors() -> dict[str, np.ndarray]:
             return {"token_index": snapshot.cell_tokens[np.ix_(chosen, rows)]}
 
         names = [snapshot.coverage.positions[i] for i in chosen]
-        return self._reading(shape, parts, tensors, {"positions": names}, layers, rows)
+        return self._reading(shape, parts, tensors, {"positions": names}, layers, rows, at_hand)
 
     def all_tokens(self, most_bytes: int) -> Reading:
         request, snapshot = self.request, self.snapshot
@@ -245,6 +257,7 @@ class _Plan:
         facts: dict[str, Any],
         layers: list[list[int]],
         rows: np.ndarray,
+        at_hand: Callable[[], list[Extent] | None] = lambda: None,
     ) -> Reading:
         request, snapshot = self.request, self.snapshot
         values = math.prod(shape) * _ITEM_BYTES[self.dtype]
@@ -264,7 +277,7 @@ class _Plan:
             head = header(kinds | {"activations": (_FORMAT_NAME[self.dtype], shape)}, metadata)
             head += b"".join(array.tobytes() for array in extra.values())
         commits = None if request.samples is None else snapshot.commits_name(rows)
-        return Reading(head, shape, self.dtype, len(head) + values, snapshot.name, commits, parts)
+        return Reading(head, shape, self.dtype, len(head) + values, snapshot.name, commits, parts, at_hand)
 
 
 def _bytes(values: np.ndarray) -> memoryview:

@@ -110,6 +110,11 @@ def _listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_loopback(host) and hasattr(socket, "TCP_CONGESTION"):
+            # A machine does not congest itself. Where BBR is the default, its timers would take longer than the sending; every
+            # Linux has Reno.
+            with suppress(OSError):
+                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
         listening.bind(address)
         listening.listen(2048)
     except OSError as error:

@@ -10,8 +10,8 @@ import numpy as np
 
 from hiddenlake.cache.store.backend import File
 
-# Bytes between those that are looked for in memory: as the kernel reads ahead, those between come and go with them.
-_PROBE_BYTES = 128 << 10
+# Of these bytes the one in the middle is looked for in memory: as the kernel reads ahead, the others come and go with it.
+_PROBE_BYTES = 256 << 10
 
 
 class Extent(NamedTuple):
@@ -31,7 +31,7 @@ def in_memory(extents: Iterable[Extent]) -> bool:
     """Whether they can be copied without waiting for a disk, as far as a look at one byte in many tells."""
     byte = np.empty(1, np.uint8)
     for file, offset, length in extents:
-        for at in (*range(offset, offset + length, _PROBE_BYTES), offset + length - 1):
+        for at in range(offset + min(length, _PROBE_BYTES) // 2, offset + length, _PROBE_BYTES):
             if not file.read_cached(at, byte):
                 return False
     return True

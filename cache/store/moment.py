@@ -101,6 +101,11 @@ class Moment(ABC):
         number = np.arange(self.token_offsets[-1]) - np.repeat(self.token_offsets[:-1], self.token_length)
         return (np.repeat(self.token_first, self.token_length) + self.coverage.tokens.every * number).astype(np.int32)
 
+    @property
+    def has_cell_tokens(self) -> bool:
+        """Whether `cell_tokens` is there without a look at the store."""
+        return "cell_tokens" in vars(self)
+
     @cached_property
     def cell_tokens(self) -> np.ndarray:
         """(position, sample) int32, each cell's index into its sample's prompt + answer; -1 where absent, -2 where pooled."""

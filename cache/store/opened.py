@@ -164,15 +164,22 @@ def most_open() -> int:
     return max(32, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
 
-def open_committed(committed: Committed) -> OpenFile:
-    """Open a file, or find it open. Raises CorruptError where it is missing or has another size."""
+def find_open(committed: Committed) -> OpenFile | None:
+    """A file that is open, without a look at the disk."""
     key = committed.key
     with _lock:
         found = _files.get(key)
         if found is not None:
             _files.move_to_end(key)
-            return found
-    found = OpenFile(committed)
+    return found
+
+
+def open_committed(committed: Committed) -> OpenFile:
+    """Open a file, or find it open. Raises CorruptError where it is missing or has another size."""
+    found = find_open(committed)
+    if found is not None:
+        return found
+    key, found = committed.key, OpenFile(committed)
     with _lock:
         # The last reference closes it, which may be a read that is going on.
         found = _files.setdefault(key, found)

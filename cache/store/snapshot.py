@@ -24,6 +24,7 @@ from hiddenlake.cache.store.opened import (
     cell_file,
     check_size,
     close_all,
+    find_open,
     most_open,
     open_committed,
     token_file,
@@ -131,9 +132,11 @@ class Snapshot(Moment):
         """(shard, slots, places in the result, whether these are all slots in their order) of samples."""
         if len(rows) == 1:
             return [(int(self.shard[rows[0]]), self.slot[rows], _FIRST, self.layout.samples == 1)]
-        if 0 < len(rows) == len(self.keys) and rows[0] == 0 and bool((rows[1:] > rows[:-1]).all()):
-            return self._every
-        return self._group(rows)
+        return self._every if self._are_all(rows) else self._group(rows)
+
+    def _are_all(self, rows: np.ndarray) -> bool:
+        """Whether these are all samples, in their order."""
+        return 0 < len(rows) == len(self.keys) and rows[0] == 0 and bool((rows[1:] > rows[:-1]).all())
 
     def _group(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray, bool]]:
         shards = self.shard[rows]
@@ -178,31 +181,45 @@ class Snapshot(Moment):
             for shard, slots, into, whole in self._by_shard(rows)
         ]
 
-    def cell_extents(self, site: str, outer: Sequence[Sequence[int]], rows: np.ndarray) -> list[Extent] | None:
+    def cell_extents(
+        self, site: str, outer: Sequence[Sequence[int]], rows: np.ndarray, only_open: bool = False
+    ) -> list[Extent] | None:
         """Where the bytes lie, unchecked, that `read_cells` reads as stored, in their order.
 
-        None where they are not found as they are in few pieces of local files. Raises as `read_cells` does.
+        None where they are not found as they are in few pieces of local files; if `only_open`, of files that are open.
+        Raises as `read_cells` does.
         """
         file = self.layout.files[site]
         if file.codec != "none" or not len(rows):
             return None
-        shards, slots = self.shard[rows], self.slot[rows]
-        starts = np.flatnonzero((np.diff(shards, prepend=-1) != 0) | (np.diff(slots, prepend=-1) != 1))
-        if len(rows) * file.row_bytes < _EXTENT_BYTES * len(starts):
+        runs = self._runs_of_all if self._are_all(rows) else self._runs(rows)
+        if len(rows) * file.row_bytes < _EXTENT_BYTES * len(runs):
             return None
         self.check_there()
-        runs = []
-        for start, stop in itertools.pairwise([*starts.tolist(), len(rows)]):
-            opened = open_committed(self._cell_file(site, int(shards[start])))
-            if opened.file.fileno() is None:
+        found = []
+        for shard, slot, count in runs:
+            committed = self._cell_file(site, shard)
+            opened = find_open(committed) if only_open else open_committed(committed)
+            if opened is None or opened.file.fileno() is None:
                 return None
-            runs.append((opened, int(slots[start]) * file.row_bytes, (stop - start) * file.row_bytes))
+            found.append((opened.file, opened.offsets, slot * file.row_bytes, count * file.row_bytes))
         places = cells_of([np.asarray(axis, np.int64) for axis in outer], file.outer).tolist()
         return [
-            Extent(opened.file, int(opened.offsets[place]) + first, length)
+            Extent(file, offsets.item(place) + first, length)
             for place in places
-            for opened, first, length in runs
+            for file, offsets, first, length in found
         ]
+
+    @cached_property
+    def _runs_of_all(self) -> list[tuple[int, int, int]]:
+        return self._runs(np.arange(len(self.keys)))
+
+    def _runs(self, rows: np.ndarray) -> list[tuple[int, int, int]]:
+        """(shard, first slot, how many) of samples that lie behind one another."""
+        shards, slots = self.shard[rows], self.slot[rows]
+        starts = np.flatnonzero((np.diff(shards, prepend=-1) != 0) | (np.diff(slots, prepend=-1) != 1))
+        counts = np.diff(starts, append=len(rows))
+        return list(zip(shards[starts].tolist(), slots[starts].tolist(), counts.tolist(), strict=True))
 
     def read_tokens(
         self,

@@ -135,4 +135,4 @@ def test_every_answer_is_computed_once_and_is_the_same_for_all(tmp_path, tiny_mo
     assert len(rows) == PROMPTS and {row["state"] for row in rows} == {"done"}
     assert all(1 <= row["attempts"] <= 1 + kills and row["ids"] is None for row in rows)
     # What was stopped for longer than its lease was ended by whoever took over.
-    assert all(worker.process.wait() == -9 for worker in killed)
+    assert all(worker.process.wait(60) == -9 for worker in killed)

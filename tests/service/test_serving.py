@@ -1,9 +1,12 @@
 """Serving, from start to end."""
 
+import socket
 import time
 
 import httpx
 import pytest
+
+from hiddenlake.cache.service import serving
 
 from .conftest import hiddenlake
 
@@ -28,6 +31,23 @@ def test_it_answers_and_ends_by_sigterm(server, serve):
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{one.url}/healthz", timeout=60)
     assert "Traceback" not in one.text()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="this system does not say how it sends")
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_what_stays_on_this_machine_is_not_paced(host):
+    """And what leaves it is sent as its administrator has it."""
+
+    def how(one):
+        return one.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+    with socket.socket() as other:
+        usual = how(other)
+    with serving._listen(host, 0) as listening:
+        with socket.create_connection(listening.getsockname()[:2], timeout=20):
+            taken, _ = listening.accept()
+            with taken:
+                assert how(taken) == (usual if host == "0.0.0.0" else b"reno")
 
 
 def test_a_port_that_is_taken(server):

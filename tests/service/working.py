@@ -19,7 +19,6 @@ class WorkerProcess:
 
     def __init__(self, lake: Path, model: Path, log: Path, *options: str) -> None:
         self.log = log
-        log.touch()
         self.process = prepared.start(log, "worker", lake, "--model", model, *OPTIONS, *options)
 
     def wait_ready(self) -> "WorkerProcess":
@@ -38,7 +37,7 @@ class WorkerProcess:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.wait(60)
 
 
 def chat(text: str) -> dict:
