@@ -31,8 +31,8 @@ end
 
 _NGINX = """
 worker_processes auto;
-pid {folder}/nginx.pid;
-error_log {folder}/nginx.log;
+pid {folder}/{name}.pid;
+error_log {folder}/{name}.log;
 events {{ worker_connections 1024; }}
 http {{
   access_log off; sendfile on; tcp_nopush on; keepalive_requests 1000000;
@@ -138,13 +138,24 @@ def compute(lake: Path, model: Path, *options: str) -> Process:
     return Process(process)
 
 
-def nginx(folder: Path) -> Process:
-    """The files of folder/www, as nginx serves them."""
-    port = free_port()
-    (folder / "nginx.conf").write_text(_NGINX.format(folder=folder, port=port))
-    process = subprocess.Popen(
-        ["nginx", "-c", str(folder / "nginx.conf"), "-g", "daemon off;"], stderr=subprocess.DEVNULL
-    )
+def nginx(folder: Path, congestion: str | None = None) -> Process:
+    """The files of folder/www, as nginx serves them.
+
+    congestion : the TCP congestion control of what it sends, for which it has no setting: it is given a socket that listens.
+    """
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if congestion is not None:
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(511)
+        port, number = listening.getsockname()[1], listening.fileno()
+        name = f"nginx-{port}"
+        (folder / f"{name}.conf").write_text(_NGINX.format(folder=folder, port=port, name=name))
+        process = subprocess.Popen(
+            ["nginx", "-c", str(folder / f"{name}.conf"), "-g", "daemon off;"], stderr=subprocess.DEVNULL,
+            env=os.environ | {"NGINX": f"{number};"}, pass_fds=[number],
+        )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     _wait_for(f"{url}/{next((folder / 'www').iterdir()).name}", process)
     return Process(process, url)
