@@ -1,4 +1,4 @@
-"""What every test shares: the demo model's folder, and the rule for tests marked `gpu`."""
+"""What every test shares: the demo model's folder, a tiny model, failures said at once, and the rule for tests marked `gpu`."""
 
 import os
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Processes that need not import what takes longest, 5 s for transformers and 9 s for vLLM: forks of one that has done so once."""
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-# What engines need, whatever a test says of itself. They are read as libraries are imported.
+# What engines need, beside what was there when tests began: some of it is read as libraries are imported.
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -20,9 +21,13 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 
+# Of what processes say: two that begin in one folder at once have files of their own.
+_NUMBERS = itertools.count()
+
 COMMAND = "from hiddenlake.cli import main; main()"
 
 # Forks for each line that comes in, and says how each child ended. A child leaves the loop, and ends as any process does.
+# Where vLLM is not installed, no test asks for it; where it is and does not import, each that does will say so.
 _SERVER = """
 import contextlib, gc, json, os, select, sys
 import hiddenlake.cache.capture, hiddenlake.cli
@@ -66,11 +71,11 @@ class Process:
 
     @property
     def out(self) -> str:
-        return self._out.read_text(errors="replace") if self._out.exists() else ""
+        return self._out.read_text(errors="replace")
 
     @property
     def err(self) -> str:
-        return self._err.read_text(errors="replace") if self._err.exists() else ""
+        return self._err.read_text(errors="replace")
 
     def poll(self) -> int | None:
         return self._server.ended.get(self.pid)
@@ -138,13 +143,15 @@ def start(
     """Begin a script, by default the `hiddenlake` command, in a process of its own.
 
     said : a folder for what it says, or a file to which that is added.  folder : is worked in.
-    environment : more than ENVIRONMENT.
+    environment : beside ENVIRONMENT; what a test has set in its own process is not there.
     """
     server = _server(os.getpid())
     files = (said, said)
     if said.is_dir():
-        number = len(list(said.glob(".said-*")))
+        number = next(_NUMBERS)
         files = (said / f".said-{number}.out", said / f".said-{number}.err")
+    for file in files:
+        file.touch()
     pid = server.start(
         script=script, arguments=[str(argument) for argument in arguments], folder=str(folder or Path.cwd()),
         out=str(files[0]), err=str(files[1]), environment=ENVIRONMENT | dict(environment or {}),

@@ -53,7 +53,7 @@ def kill_at_random(process: prepared.Process, out: Path, chance: random.Random) 
         time.sleep(chance.uniform(0, 3))
     assert process.poll() is None, f"the capture ended before it was killed: {process.err}"
     process.kill()
-    process.wait()
+    process.wait(60)
 
 
 def engines_end(group: int) -> bool:

@@ -32,6 +32,10 @@ FULL = {"max_num_batched_tokens": 1024, "max_num_seqs": 64}
 # their way to a shard, Python's objects. A second copy of the rows, or of the shards, would be more.
 HEAP = 64 * MIB
 
+# vLLM's processes talk through shared memory, too; and what is mapped while processes are looked at one after the other may
+# count twice. A second ring, or second buffers, would be more.
+OTHERS = 32 * MIB
+
 
 class Peak(threading.Thread):
     """Follows the memory of this process and its children: (shared, which the ring and shard buffers are; heap) bytes.
@@ -102,9 +106,8 @@ def test_a_run_takes_no_more_memory_than_it_says(positions, tiny_model, tmp_path
     )
     assert summary.committed == 160
     assert cost.ring_bytes <= 256 * MIB and cost.buffer_bytes <= 128 * MIB
-    assert min(cost.ring_bytes, cost.buffer_bytes) > 1.5 * HEAP, "too small a run to tell"
-    # vLLM's processes talk through shared memory, too
-    assert said / 5 < shared <= said + 4 * MIB
+    assert min(cost.ring_bytes, cost.buffer_bytes) > 1.5 * max(HEAP, OTHERS), "too small a run to tell"
+    assert said / 5 < shared <= said + OTHERS
     assert heap <= HEAP
 
 
