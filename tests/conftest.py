@@ -1,6 +1,8 @@
 """What every test shares: the demo model's folder, a tiny model, failures said at once, and the rule for tests marked `gpu`."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,14 @@ def tiny_model(demo_model_folder: Path, tmp_path_factory: pytest.TempPathFactory
     LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo_model_folder).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def module_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for what a file's tests share, removed after them: models and captures of all files would be gigabytes."""
+    folder = tmp_path_factory.mktemp("module")
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.hookimpl(trylast=True)

@@ -16,11 +16,11 @@ N = 10
 
 
 @pytest.fixture(scope="module")
-def stop(tiny_model, tmp_path_factory):
+def stop(tiny_model, module_path):
     """A string that ends some answers: the text of an answer's sixth token."""
     job = plan_job(tiny_model, make_task(N), sites=("mlp_out",), dtype="float32", max_new_tokens=24)
     with running(job) as engine:
-        capture, _ = capture_all(job, engine, tmp_path_factory.mktemp("lake") / "x")
+        capture, _ = capture_all(job, engine, module_path / "x")
     sample = capture.samples().to_pylist()[0]
     return job.request.model.decode(sample["token_ids"][sample["prompt_length"] + 5 :][:1])
 

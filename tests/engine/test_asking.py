@@ -52,13 +52,13 @@ def rows_of(model, samples):
 
 
 @pytest.fixture(scope="module", params=["roomy", "tight"])
-def run(request, demo_model_folder, tmp_path_factory):
+def run(request, demo_model_folder, module_path):
     """(capture, job, follow-up, summary). tight : a ring for two samples, both of which may wait for replies."""
     settings = {"roomy": {}, "tight": {"ring_bytes": rows_of(demo_model_folder, 2)}}[request.param]
     job = plan(demo_model_folder, pick := Pick(), **settings, options={"block_size": 32})
     with running(job) as engine:
         assert (engine.memory.samples == 2) == (request.param == "tight")
-        capture, summary = capture_all(job, engine, tmp_path_factory.mktemp("lake") / request.param)
+        capture, summary = capture_all(job, engine, module_path / request.param)
         [after] = engine.stats()
         assert (after["books"], after["free"]) == (0, len(recorder_of(engine).bits))
         assert not (engine._reserved or engine._prompts or engine._asked or engine._replies)
@@ -67,7 +67,7 @@ def run(request, demo_model_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def replies(demo_model_folder, tmp_path_factory):
+def replies(demo_model_folder):
     """{row: what Hugging Face replies}: the same questions and seeds, but drawn replies only where they are greedy."""
     job = plan(demo_model_folder, Pick(), options={"batch_size": 1})
     engine = start_engine("transformers", job.request, ())

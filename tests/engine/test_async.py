@@ -67,7 +67,7 @@ def forced():
 
 
 @pytest.fixture(scope="module", params=[CHUNKED, PREEMPTED], ids=["chunked", "preempted"])
-def run(request, forced, demo_model_folder, tmp_path_factory):
+def run(request, forced, demo_model_folder, module_path):
     """(whether preempted, capture, steps that were scheduled before the last one's tokens were there, preemptions)"""
     job = plan_job(
         demo_model_folder, make_task(N), sites=("mlp_out", "resid_post"), positions=[*PAPER, "max_answer"], dtype="float32",
@@ -84,7 +84,7 @@ def run(request, forced, demo_model_folder, tmp_path_factory):
 
         scheduler.schedule = count
         thrown_out = count_preemptions(engine)
-        capture, _ = capture_all(job, engine, tmp_path_factory.mktemp("lake") / "x")
+        capture, _ = capture_all(job, engine, module_path / str(request.param_index))
         [counts] = engine.stats()
     assert (counts["books"], counts["free"]) == (0, len(recorder_of(engine).bits))
     return request.param is PREEMPTED, capture, sum(map(bool, ahead)), len(thrown_out)

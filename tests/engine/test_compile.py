@@ -16,8 +16,8 @@ ALL = FAMILIES["LlamaForCausalLM"].sites[1:]
 
 
 @pytest.fixture(scope="module")
-def llama(demo_model_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "llama"
+def llama(demo_model_folder, module_path):
+    folder = module_path / "llama"
     make_model("llama", folder, demo_model_folder)
     return folder
 

@@ -15,9 +15,9 @@ POSITIONS = (*PAPER, "0", "7", "-45")
 
 
 @pytest.fixture(scope="module", params=["vllm", "transformers"])
-def capture(request, demo_model_folder, tmp_path_factory):
+def capture(request, demo_model_folder, module_path):
     """24 prompts of mixed length in one batch, all sites in float32."""
-    out = tmp_path_factory.mktemp("lake") / request.param
+    out = module_path / request.param
     summary = hiddenlake.capture(
         str(demo_model_folder),
         make_task(24),

@@ -59,11 +59,10 @@ for name, case in json.loads(sys.argv[1]).items():
 
 
 @pytest.fixture(scope="module")
-def folders(demo_model_folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
+def folders(demo_model_folder, module_path):
     for family in MODELS:
-        make_model(family, root / family, demo_model_folder)
-    return root
+        make_model(family, module_path / family, demo_model_folder)
+    return module_path
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +71,10 @@ def references(folders):
 
 
 @pytest.fixture(scope="module")
-def vllm_lake(folders, tmp_path_factory):
+def vllm_lake(folders, module_path):
     """(folder of the captures, what was printed)."""
-    lake = tmp_path_factory.mktemp("vllm")
+    lake = module_path / "vllm"
+    lake.mkdir()
     jobs = {
         case: SETTINGS
         | {"model": str(folders / family), "out": str(lake / case), "sites": FAMILY[family].sites}
@@ -86,8 +86,8 @@ def vllm_lake(folders, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def transformers_lake(folders, tmp_path_factory):
-    lake = tmp_path_factory.mktemp("transformers")
+def transformers_lake(folders, module_path):
+    lake = module_path / "transformers"
     for family in MODELS:
         hiddenlake.capture(
             str(folders / family),

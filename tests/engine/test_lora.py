@@ -32,21 +32,20 @@ SETTINGS = {"sites": SITES, "positions": [*PAPER, "0", "-50", "mean_all"], "dtyp
 
 
 @pytest.fixture(scope="module")
-def folders(demo_model_folder, tmp_path_factory):
+def folders(demo_model_folder, module_path):
     """A function from a family to its model's folder.
 
     vLLM adds zeros to the embedding of every token, which makes 0.0 of the -0.0 in these.
     """
-    root = tmp_path_factory.mktemp("models")
 
     @cache
     def folder(family):
-        make_model(family, root / family, demo_model_folder)
-        file = root / family / "model.safetensors"
+        make_model(family, module_path / family, demo_model_folder)
+        file = module_path / family / "model.safetensors"
         tensors = load_file(file)
         next(tensor for name, tensor in tensors.items() if "embed_tokens" in name)[:, ::7] = -0.0
         save_file(tensors, file, metadata={"format": "pt"})
-        return root / family
+        return module_path / family
 
     return folder
 

@@ -44,8 +44,8 @@ class Extension(CaptureExtension):
 
 
 @pytest.fixture(scope="module")
-def model(demo_model_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "llama"
+def model(demo_model_folder, module_path):
+    folder = module_path / "llama"
     make_model("llama", folder, demo_model_folder)
     return folder
 

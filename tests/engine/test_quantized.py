@@ -43,15 +43,14 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def folders(demo_model_folder, tmp_path_factory):
+def folders(demo_model_folder, module_path):
     """A function from a family to (its model's folder, the quantised one, the weights that are meant there)."""
-    root = tmp_path_factory.mktemp("models")
 
     @cache
     def folder(family):
-        make_model(family, root / family, demo_model_folder)
-        quantized = root / f"{family}-quantized"
-        return root / family, quantized, quantize(CASES[family], root / family, quantized)
+        make_model(family, module_path / family, demo_model_folder)
+        quantized = module_path / f"{family}-quantized"
+        return module_path / family, quantized, quantize(CASES[family], module_path / family, quantized)
 
     return folder
 

@@ -36,18 +36,17 @@ def plan(model, seed=1, **options):
 
 
 @pytest.fixture(scope="module")
-def captures(demo_model_folder, tmp_path_factory):
+def captures(demo_model_folder, module_path):
     """{name: (capture, rows computed again)}"""
-    lake = tmp_path_factory.mktemp("lake")
     found = {}
     for name, options in ENGINES.items():
         job = plan(demo_model_folder, **options)
         with running(job) as engine:
-            capture, _ = capture_all(job, engine, lake / name)
+            capture, _ = capture_all(job, engine, module_path / name)
             found[name] = capture, engine.stats()[0]["recomputed"]
             # its engine would draw with the seeds of the first
             with pytest.raises(BadInputError, match="started for another request .decoding"):
-                run_job(plan(demo_model_folder, seed=2), out=lake / "other", engine=engine)
+                run_job(plan(demo_model_folder, seed=2), out=module_path / "other", engine=engine)
     return found
 
 
@@ -82,9 +81,9 @@ def test_rows_and_logprobs_equal_hugging_face(captures, name, reference):
 
 
 @pytest.fixture(scope="module")
-def long_model(tiny_model, tmp_path_factory):
+def long_model(tiny_model, module_path):
     """The tiny model with a context of 8192 tokens."""
-    folder = tmp_path_factory.mktemp("models") / "long"
+    folder = module_path / "long"
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))

@@ -53,11 +53,11 @@ def plan(model, task, options):
 
 
 @pytest.fixture(scope="module", params=[CHUNKED, PREEMPTED], ids=["chunked", "preempted"])
-def generated(request, demo_model_folder, tmp_path_factory):
+def generated(request, demo_model_folder, module_path):
     """(capture, rows that were computed again) of generated answers."""
     job = plan(demo_model_folder, make_task(N), request.param)
     with running(job) as engine:
-        capture, _ = capture_all(job, engine, tmp_path_factory.mktemp("lake") / "generated")
+        capture, _ = capture_all(job, engine, module_path / f"generated-{request.param_index}")
         [counts] = engine.stats()
         assert (counts["books"], counts["free"]) == (0, len(recorder_of(engine).bits)), "all rows are given back"
     assert (counts["recomputed"] > 0) == (request.param is PREEMPTED)
@@ -65,14 +65,13 @@ def generated(request, demo_model_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def given(demo_model_folder, tmp_path_factory):
+def given(demo_model_folder, module_path):
     """{kind: (capture, rows that were computed again)} of given text: pairs, and texts that are all prompt."""
-    lake = tmp_path_factory.mktemp("lake")
     jobs = {task.name: plan(demo_model_folder, task, PREEMPTED) for task in (make_pairs(), make_texts())}
     found, before = {}, 0
     with running(jobs["pairs"]) as engine:
         for name, job in jobs.items():
-            capture, _ = capture_all(job, engine, lake / name)
+            capture, _ = capture_all(job, engine, module_path / name)
             [counts] = engine.stats()
             assert (counts["books"], counts["free"]) == (0, len(recorder_of(engine).bits)), "all rows are given back"
             found[name], before = (capture, counts["recomputed"] - before), counts["recomputed"]

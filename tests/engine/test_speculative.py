@@ -48,7 +48,7 @@ def count_drafts(scheduler) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def runs(demo_model_folder, tmp_path_factory):
+def runs(demo_model_folder, module_path):
     """{with drafts?: (capture, counts)}; counts of vLLM's own, and of the worker."""
     found = {}
     for drafts in (True, False):
@@ -65,7 +65,7 @@ def runs(demo_model_folder, tmp_path_factory):
                 token >= length[key] for key, book in recorder_of(engine).books.items() for token in book.slots
             )
             engine.abort([p.key for p in job.prompts])
-            capture, _ = capture_all(job, engine, tmp_path_factory.mktemp("lake") / str(drafts))
+            capture, _ = capture_all(job, engine, module_path / str(drafts))
             [after] = engine.stats()
             counts |= {
                 "recomputed": after["recomputed"],

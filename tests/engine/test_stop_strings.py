@@ -24,11 +24,11 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def plain(demo_model_folder, tmp_path_factory):
+def plain(demo_model_folder, module_path):
     """The samples without stop strings."""
     job = plan_job(demo_model_folder, make_task(N), **SETTINGS)
     with running(job) as engine:
-        return capture_all(job, engine, tmp_path_factory.mktemp("lake") / "plain")[0].samples().to_pylist()
+        return capture_all(job, engine, module_path / "plain")[0].samples().to_pylist()
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,14 @@ def demo_tokenizer(demo_model_folder):
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["prefix_cache", "no_prefix_cache"])
-def run(request, stops, demo_model_folder, tmp_path_factory):
+def run(request, stops, demo_model_folder, module_path):
     """(capture, what vLLM gives for ordinary requests with the same stop strings)."""
     # blocks of 32, the smallest on a CPU, so that a tail finds some of its sequence in the cache
     options = {"enable_prefix_caching": request.param, "max_num_batched_tokens": 64, "block_size": 32}
     sampling = Sampling(stop=tuple(stops.values()))
     job = plan_job(demo_model_folder, make_task(N), **SETTINGS, sampling=sampling, options=options)
     with running(job) as engine:
-        capture, _ = capture_all(job, engine, tmp_path_factory.mktemp("lake") / request.node.name)
+        capture, _ = capture_all(job, engine, module_path / str(request.param_index))
         [after] = engine.stats()
         assert (after["books"], after["free"]) == (0, len(recorder_of(engine).bits))
         ordinary = {}

@@ -94,8 +94,8 @@ def tiny_reference(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def captured(job, engine, tmp_path_factory):
-    return capture_all(job, engine, tmp_path_factory.mktemp("lake") / "x")[0]
+def captured(job, engine, module_path):
+    return capture_all(job, engine, module_path / "x")[0]
 
 
 def test_each_trap_has_its_test():

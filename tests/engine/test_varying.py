@@ -50,10 +50,10 @@ def job_of(model, name):
 
 
 @pytest.fixture(scope="module", params=[pytest.param("vllm", marks=pytest.mark.vllm), "transformers"])
-def engine(request, tiny_model, tmp_path_factory):
+def engine(request, tiny_model, module_path):
     job = plan_job(tiny_model, make_task(1), sites=("mlp_out", "resid_post"), dtype="float32", max_new_tokens=32)
     widest = replace(
-        job.request, positions=(), tokens=None, max_length=250, varying=True, spill=str(tmp_path_factory.mktemp("spill")),
+        job.request, positions=(), tokens=None, max_length=250, varying=True, spill=str(module_path),
         ring_bytes=256 << 20, options=OPTIONS[request.param],
     )  # fmt: skip
     running = start_engine(request.param, widest, job.prompts[0].token_ids)
