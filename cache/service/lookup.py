@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from hiddenlake.cache.errors import HiddenlakeError
+from hiddenlake.cache.errors import HiddenlakeError, StoreError
 from hiddenlake.cache.identity import Sampling, answer_key, model_key
 from hiddenlake.cache.service.database import Database
 from hiddenlake.cache.service.keys import Caller
@@ -86,8 +86,14 @@ class Lookup:
             if known - commits.keys():  # compacted, or another capture of that name
                 self._forget(name)
                 known = set()
-            for part in commits.keys() - known:
+            new = commits.keys() - known
+            # Which captures there are was seen a moment ago. Who purges one clears the database once it is removed.
+            if not new or not _is_there(capture):
+                continue
+            for part in new:
                 self._add(name, capture, part, commits[part])
+            if not _is_there(capture):
+                self._forget(name)
 
     def _add(self, name: str, capture: Capture, part: str, commit: Commit) -> None:
         try:
@@ -105,6 +111,14 @@ class Lookup:
         with self._database.write() as cursor:
             cursor.execute("DELETE FROM entries WHERE capture = ?", (name,))
             cursor.execute("DELETE FROM indexed WHERE capture = ?", (name,))
+
+
+def _is_there(capture: Capture) -> bool:
+    try:
+        capture.snapshot.check_there()
+    except StoreError:
+        return False
+    return True
 
 
 def _part(commit: Commit) -> str:

@@ -5,14 +5,18 @@ import shutil
 
 import pytest
 
+from hiddenlake.cache.service import lake as lake_module
 from hiddenlake.cache.service.database import Database
+from hiddenlake.cache.service.lake import Lake
+from hiddenlake.cache.service.lookup import Lookup
+from hiddenlake.cache.service.plans import TASK
 from hiddenlake.cache.service.purging import purge
 from hiddenlake.cache.service.work import Work
 from hiddenlake.cache.store.backend import open_backend
 from hiddenlake.cache.store.reader import open_capture
 from hiddenlake.cache.testing import small
 
-from .conftest import add_key, hiddenlake
+from .conftest import add_key, hiddenlake, write_capture
 from .working import WorkerProcess, chat
 
 CANARY = "the marzipan of Luebeck, and what it weighs"
@@ -73,6 +77,33 @@ def test_nobody_is_purged_by_accident(named):
     assert done.returncode == 1 and "say --yes" in done.stderr and (named / "mine").exists()
     done = hiddenlake("purge", named / "nothing", "--yes")
     assert done.returncode == 1 and "is no capture" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("when", ["before", "while it is added"])
+def test_a_server_that_saw_the_capture_a_moment_ago_does_not_know_it_again(when, tmp_path, monkeypatch):
+    lake = tmp_path / "lake"
+    write_capture(lake / "asked", "cells", "bfloat16", "none", task=TASK, decoding={"sampling": "greedy"})
+    keys = open_capture(lake / "asked").keys
+    monkeypatch.setattr(lake_module, "_FRESH_SECONDS", 1000.0)
+    seen, database = Lake(lake), Database(lake)
+    lookup = Lookup(database, seen)
+    if when == "before":
+        lookup.refresh()
+        assert {row["key"] for row in database.read("SELECT key FROM entries")} == set(keys)
+        purge(lake / "asked")
+    else:
+        add = lookup._add
+
+        def purge_first(*arguments):
+            if (lake / "asked").exists():
+                purge(lake / "asked")
+            add(*arguments)
+
+        monkeypatch.setattr(lookup, "_add", purge_first)
+    assert [name for name, _ in seen.all()] == ["asked"]
+    lookup.refresh()
+    assert not (lake / "asked").exists()
+    assert not database.read("SELECT * FROM entries") and not database.read("SELECT * FROM indexed")
 
 
 @pytest.mark.slow
