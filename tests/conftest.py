@@ -1,4 +1,4 @@
-"""What every test shares: the demo model's folder, a tiny model, failures said at once, and the rule for tests marked `gpu`."""
+"""What tests share: the demo model's folder, a tiny model, a file's own folder, failures said at once, the rule for `gpu`."""
 
 import os
 import shutil
